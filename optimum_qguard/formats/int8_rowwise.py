@@ -1,0 +1,39 @@
+"""LLM.int8(): one absmax scale per output row, integers -127 to 127 (Dettmers et al. 2022, arXiv:2208.07339).
+
+bitsandbytes casts the weight to float16, multiplies by ``127 / absmax`` in float32 and rounds half to even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_qguard.formats.format import Format, register
+from optimum_qguard.formats.grid import Grid, midpoint_edges
+
+
+@dataclass(frozen=True)
+class Int8Rowwise(Format):
+    """bitsandbytes' ``int8_vectorwise_quant``. Symbol ``c`` is the integer ``c - 127``."""
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, weight.shape[-1])
+
+    def unblock(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        return blocks.reshape(shape)
+
+    def grid(self, blocks: Tensor) -> Grid:
+        alphabet = torch.arange(-127.0, 128.0, device=blocks.device)
+        low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+        absmax = torch.maximum(-low, high).to(torch.float16).float()
+        return Grid(alphabet, midpoint_edges(alphabet), absmax / 127)
+
+    def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
+        absmax = (grid.scale * 127).to(torch.float16).float()  # a float16 number, so this gives it back exactly
+        factor = torch.where(absmax > 0, 127 / absmax, 0)
+        return ((blocks.to(torch.float16) * factor).round() + 127).to(torch.uint8)
+
+
+register("int8-rowwise", Int8Rowwise)
