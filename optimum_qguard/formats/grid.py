@@ -24,8 +24,8 @@ class Grid:
 
     Attributes:
         alphabet: ``(n_symbols,)`` float32, strictly ascending.
-        edges: ``(n_symbols + 1,)`` float32, ascending: symbol ``c`` owns ``[edges[c], edges[c + 1]]``. The outer two are
-            where the quantizer's range ends: the end symbol itself, or further out where it clamps.
+        edges: ``(n_symbols + 1,)`` float32, ascending: symbol ``c`` owns ``[edges[c], edges[c + 1]]``. The outer two
+            are where the quantizer's range ends: the end symbol itself, or further out where it clamps.
         scale: ``(n_blocks, 1)`` float32, the scale the quantizer divides by when it chooses symbols.
         offset: ``(n_blocks, 1)`` float32 or ``None`` for symmetric formats.
         decode_scale: ``(n_blocks, 1)`` float32, where the quantizer stores its scale rounded (fp16 scales, double
