@@ -1,0 +1,22 @@
+"""What the demo, benchmarks and tests measure with: a real model and text without a download, perplexity, KL."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimum_qguard.evaluate.smollm2 import smollm2_path
+    from optimum_qguard.evaluate.text import standard_library_text
+
+_HOMES = {
+    "smollm2_path": "smollm2",
+    "standard_library_text": "text",
+}
+__all__ = ["smollm2_path", "standard_library_text"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

