@@ -212,3 +212,15 @@ def test_one_scale_per_expert_or_for_all() -> None:
     experts = torch.randn(3, 8, 16) * torch.tensor([1.0, 10, 100])[:, None, None]
     assert Float8(block="matrix").quantize(experts).grid.scale.unique().numel() == 3
     assert Float8(block="tensor").quantize(experts).grid.scale.unique().numel() == 1
+
+
+@pytest.mark.parametrize("name", ["torchao-float8", "quanto-float8"])
+def test_an_end_symbol_beyond_the_absmax_does_not_move_the_scale(name: str) -> None:
+    absmax = torch.arange(128, 256).to(torch.bfloat16)[:, None]
+    weight = torch.cat([absmax, absmax * 0.97], dim=1)
+    quantized = get_format(name).quantize(weight)
+    assert (quantized.grid.scale * 448 > absmax).any()
+    ends = torch.full((128, 2), len(quantized.grid.alphabet) - 1)
+    codes, scale = library(name, quantized.grid.on_grid(ends).to(torch.bfloat16))
+    assert torch.equal(scale, quantized.grid.scale)
+    assert (codes.float() == 448).all()
