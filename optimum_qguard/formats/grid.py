@@ -31,6 +31,9 @@ class Grid:
         decode_scale: ``(n_blocks, 1)`` float32, where the quantizer stores its scale rounded (fp16 scales, double
             quantization), so that decoding uses another one than encoding; ``None`` where they are the same.
         decode_offset: likewise for the offset.
+        first: index of the least symbol that unbiased rounding may choose. Where a block's extreme value lies half a
+            step short of the last symbol (symmetric grids of an even number of integers), a weight on that symbol would
+            be the new extreme and change the scale.
     """
 
     alphabet: Tensor
@@ -39,6 +42,7 @@ class Grid:
     offset: Tensor | None = None
     decode_scale: Tensor | None = None
     decode_offset: Tensor | None = None
+    first: int = 0
 
     def __getitem__(self, blocks: slice) -> Grid:
         """The grid of a range of blocks (views, no copies)."""
@@ -120,7 +124,7 @@ class Grid:
         units = values if offset is None else values - offset
         units = torch.where(scale != 0, units / scale, 0.0)
         last = len(self.alphabet) - 1
-        units = units.clamp(self.alphabet[0], self.alphabet[last])
+        units = units.clamp(self.alphabet[self.first], self.alphabet[last])
         if self.is_uniform:
             units -= self.alphabet[0]
             below = units.floor().clamp_(max=last - 1)
