@@ -16,7 +16,8 @@ where max is 448 (E4M3) or 57344 (E5M2). A scale rounded down puts the absmax we
 all four clamp.
 
 On-grid weights come back as their symbols in float32, bfloat16 and float16, provided that the dtype can hold them:
-float16 has steps of 2⁻²⁴, too coarse for E4M3's subnormals where a block's absmax is below 448 · 2⁻¹⁵ = 0.014.
+float16 has steps of 2⁻²⁴, too coarse for E4M3's subnormals where a block's absmax is below 448 · 2⁻¹⁵ = 0.014. An end
+symbol may lie beyond the absmax, by so little that it does not move the scale.
 """
 
 from __future__ import annotations
@@ -35,27 +36,15 @@ Arithmetic = Literal["float32", "torchao", "quanto", "transformers"]
 
 
 @dataclass(frozen=True)
-class Float8Grid(Grid):
-    """A grid over FP8 values.
+class ReciprocalGrid(Grid):
+    """A grid whose quantizer multiplies by ``factor`` ``(n_blocks, 1)``; ``scale`` is its reciprocal, rounded."""
 
-    Attributes:
-        limit: ``(n_blocks, 1)`` float32, the absmax that set the scale: a scale rounded up puts the end symbol beyond
-            it, where a weight would change the scale. ``None`` where the scale is a power of two and that cannot be.
-        factor: ``(n_blocks, 1)`` float32, what the quantizer multiplies by; ``None`` where it divides by ``scale``.
-    """
-
-    limit: Tensor | None = None
     factor: Tensor | None = None
 
-    def __getitem__(self, blocks: slice) -> Float8Grid:
+    def __getitem__(self, blocks: slice) -> ReciprocalGrid:
         part = super().__getitem__(blocks)
-        assert isinstance(part, Float8Grid)
-        limit = None if self.limit is None else self.limit[blocks]
-        return replace(part, limit=limit, factor=None if self.factor is None else self.factor[blocks])
-
-    def on_grid(self, codes: Tensor) -> Tensor:
-        values = super().on_grid(codes)
-        return values if self.limit is None else values.clamp(-self.limit, self.limit)
+        assert isinstance(part, ReciprocalGrid)
+        return replace(part, factor=None if self.factor is None else self.factor[blocks])
 
 
 @dataclass(frozen=True)
@@ -110,21 +99,20 @@ class Float8(Format):
         absmax = torch.maximum(-low, high)
         if self.block == "tensor" and len(blocks):
             absmax = absmax.amax().expand(len(blocks), 1)
-        limit = absmax.float()
         if self.arithmetic in ("torchao", "quanto"):
-            return Float8Grid(alphabet, edges, (absmax / largest).float(), limit=limit)
+            return Grid(alphabet, edges, (absmax / largest).float())
+        absmax = absmax.float()
         if self.arithmetic == "float32":
-            return Float8Grid(alphabet, edges, limit / largest, limit=limit)
-        factor = torch.where(limit > 0, largest / limit, 1)
+            return Grid(alphabet, edges, absmax / largest)
+        factor = torch.where(absmax > 0, largest / absmax, 1)
         scale = 1 / factor
         if self.power_of_two:
             scale = torch.exp2(scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
             factor = 1 / scale
-        scale = torch.where(limit > 0, scale, 0)
-        return Float8Grid(alphabet, edges, scale, limit=None if self.power_of_two else limit, factor=factor)
+        return ReciprocalGrid(alphabet, edges, torch.where(absmax > 0, scale, 0), factor=factor)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
-        if isinstance(grid, Float8Grid) and grid.factor is not None:
+        if isinstance(grid, ReciprocalGrid) and grid.factor is not None:
             units = blocks.float() * grid.factor
         elif self.arithmetic == "quanto":
             units = blocks / grid.scale.to(blocks.dtype)
