@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -92,20 +92,19 @@ def _write_shard(
 ) -> None:
     header = reader.headers[shard]
     with writing(path):
-        file = path.open("xb")
+        file = path.open("xb", buffering=0)  # a buffer would be written, and fail, once more on closing
     with file:
-        _write(file, header.raw, path)
+        _write(file, memoryview(header.raw), path)
         for info in header.tensors:
             _write(file, _bytes_of(fn(info.name, reader.read(info.name)), info), path)
             if progress is not None:
                 progress(info)
-        with writing(path):
-            file.flush()
 
 
-def _write(file: BinaryIO, content: bytes | memoryview, path: Path) -> None:
+def _write(file: FileIO, content: memoryview, path: Path) -> None:
     with writing(path):
-        file.write(content)
+        while content:
+            content = content[file.write(content) :]
 
 
 def _bytes_of(tensor: Tensor, info: TensorInfo) -> memoryview:
