@@ -10,6 +10,7 @@ Imports nothing else of the package, never unpickles, and never leaves half a fi
 from __future__ import annotations
 
 from optimum_qguard.checkpoint.atomic import atomic_write
+from optimum_qguard.checkpoint.card import merge_card
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointReader",
     "TensorInfo",
     "atomic_write",
+    "merge_card",
     "open_checkpoint",
     "transform_checkpoint",
 ]
