@@ -1,0 +1,56 @@
+"""optimum-qguard: what quantization does to a model's behaviour when somebody plans for it.
+
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from optimum_qguard import QGuardConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/model", quantization_config=QGuardConfig(BitsAndBytesConfig(load_in_8bit=True))
+    )
+    model.qguard_report
+
+Importing the package registers ``quant_method="qguard"`` with transformers, and imports
+nothing heavy before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from optimum_qguard import _plugin
+
+if TYPE_CHECKING:
+    from optimum_qguard.guard.config import QGuardConfig as QGuardConfig
+    from optimum_qguard.guard.config import QGuardGPTQConfig as QGuardGPTQConfig
+    from optimum_qguard.guard.config import QGuardInt8Config as QGuardInt8Config
+    from optimum_qguard.guard.config import QGuardNF4Config as QGuardNF4Config
+    from optimum_qguard.guard.errors import QGuardError as QGuardError
+    from optimum_qguard.guard.guard_all import guard_all as guard_all
+    from optimum_qguard.guard.report import GuardReport as GuardReport
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "GuardReport": "guard.report",
+    "QGuardConfig": "guard.config",
+    "QGuardError": "guard.errors",
+    "QGuardGPTQConfig": "guard.config",
+    "QGuardInt8Config": "guard.config",
+    "QGuardNF4Config": "guard.config",
+    "guard_all": "guard.guard_all",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_plugin.install()

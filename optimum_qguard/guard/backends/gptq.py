@@ -1,0 +1,40 @@
+"""GPTQ through gptqmodel (transformers calls it by way of optimum)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import GPTQConfig
+from transformers.pytorch_utils import Conv1D
+
+from optimum_qguard.formats import Format
+from optimum_qguard.formats.gptq import GPTQ
+from optimum_qguard.guard.backends.backend import Backend
+
+
+class GPTQModel(Backend):
+    quant_methods = ("gptq",)
+    presets = {f"gptq-{bits}": partial(GPTQConfig, bits=bits) for bits in (2, 3, 4, 8)}
+    requirement = ("gptqmodel", "gptq")
+    calibrates = True
+
+    def format_of(self, config: Any, module: nn.Module, parameter: str) -> Format:
+        return GPTQ(config.bits, config.group_size, config.sym)
+
+    def is_transposed(self, module: nn.Module) -> bool:
+        return isinstance(module, Conv1D)
+
+    def modules_to_calibrate(self, config: Any, quantizer: Any, model: nn.Module) -> dict[str, nn.Module]:
+        from optimum.gptq.utils import get_block_name_with_pattern, get_layers
+
+        block = config.block_name_to_quantize or get_block_name_with_pattern(model)
+        layers: dict[str, nn.Module] = get_layers(model, prefix=block)
+        if config.modules_in_block_to_quantize is None:
+            return layers
+        kept = tuple(name for group in config.modules_in_block_to_quantize for name in group)
+        return {name: module for name, module in layers.items() if name.endswith(kept)}
+
+
+backend = GPTQModel()

@@ -1,0 +1,156 @@
+"""`QGuardConfig`: the one thing a user writes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+from transformers import BitsAndBytesConfig, GPTQConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.random import SEED_BYTES
+
+QUANT_METHOD = "qguard"
+METHODS = ("auto", "stochastic", "gaussian", "uniform")
+
+
+class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Guard the quantization that ``quantization_config`` describes.
+
+    Args:
+        quantization_config: any configuration of transformers that quantizes while loading, or its dict form.
+        method: how rounding is randomized. ``"stochastic"``: unbiased rounding onto the quantizer's own grid;
+            ``"gaussian"`` or ``"uniform"``: noise before the quantizer; ``"auto"``: stochastic where the grid is known
+            beforehand, Gaussian elsewhere (and Gaussian where ``noise`` or ``multiplier`` is given).
+        noise: amplitude of Gaussian (standard deviation) or uniform (half range) noise: ``"per_layer"``, the median
+            half-width of each tensor's cells; ``"global"``, the median of those over the model; or a number in the
+            weights' units.
+        multiplier: factor on that amplitude.
+        compensate: error feedback through activation statistics; not available in this version, must be ``None``.
+        clip_outliers: what to do about isolated block maxima before calibrating. ``None`` or ``"auto"``; this version
+            clips nothing either way.
+        seed: ``None`` takes 256 fresh bits from the operating system and records them in the report. A number (or the
+            report's hexadecimal string) repeats an experiment; whoever knows it beforehand can plan around the noise.
+
+    Raises:
+        QGuardConfigError: a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        quantization_config: QuantizationConfigMixin | dict[str, Any],
+        *,
+        method: Literal["auto", "stochastic", "gaussian", "uniform"] = "auto",
+        noise: Literal["per_layer", "global"] | float = "per_layer",
+        multiplier: float = 1.0,
+        compensate: None = None,
+        clip_outliers: Literal["auto"] | None = "auto",
+        seed: int | str | None = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise QGuardConfigError(f"quant_method is {quant_method!r}; a QGuardConfig has {QUANT_METHOD!r}")
+        self.quant_method = QUANT_METHOD
+        self.quantization_config = _inner_config(quantization_config)
+        self.method = method
+        self.noise = noise
+        self.multiplier = multiplier
+        self.compensate = compensate
+        self.clip_outliers = clip_outliers
+        self.seed = int(seed, 16) if isinstance(seed, str) and _is_hex(seed) else seed
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.method not in METHODS:
+            raise QGuardConfigError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        if isinstance(self.noise, str):
+            if self.noise not in ("per_layer", "global"):
+                raise QGuardConfigError(f"noise is {self.noise!r}; choose 'per_layer', 'global' or a number")
+        elif not _is_amplitude(self.noise):
+            raise QGuardConfigError(f"noise is {self.noise!r}; a fixed amplitude is a finite number, 0 or more")
+        if not _is_amplitude(self.multiplier):
+            raise QGuardConfigError(f"multiplier is {self.multiplier!r}; it is a finite number, 0 or more")
+        if self.method == "stochastic" and self.has_amplitude:
+            raise QGuardConfigError(
+                "method='stochastic' takes no noise and no multiplier: the grid decides; use 'gaussian' or 'uniform'"
+            )
+        if self.compensate is not None:
+            raise QGuardConfigError("compensate is not available in this version; leave it None")
+        if self.clip_outliers not in (None, "auto"):
+            raise QGuardConfigError("a clipping threshold is not available in this version; leave clip_outliers alone")
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2 ** (8 * SEED_BYTES)
+        ):
+            raise QGuardConfigError(
+                f"seed is {self.seed!r}; it is a whole number from 0 to 2**256 - 1 (or hexadecimal digits), or None"
+            )
+
+    @property
+    def has_amplitude(self) -> bool:
+        """Whether the user asked for a certain amount of noise, which stochastic rounding does not have."""
+        return self.noise != "per_layer" or self.multiplier != 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the quantizer's own configuration nested as its dict; `from_dict` is the inverse."""
+        fields = {key: value for key, value in self.__dict__.items() if key != "quantization_config"}
+        return {**copy.deepcopy(fields), "quantization_config": self.quantization_config.to_dict()}
+
+
+class QGuardInt8Config(QGuardConfig):
+    """`QGuardConfig` for bitsandbytes' LLM.int8(); takes ``BitsAndBytesConfig``'s arguments and guard's."""
+
+    def __init__(self, **arguments: Any) -> None:
+        guard, backend = _split(arguments)
+        super().__init__(BitsAndBytesConfig(load_in_8bit=True, **backend), **guard)
+
+
+class QGuardNF4Config(QGuardConfig):
+    """`QGuardConfig` for bitsandbytes' NF4; takes ``BitsAndBytesConfig``'s arguments and guard's."""
+
+    def __init__(self, **arguments: Any) -> None:
+        guard, backend = _split(arguments)
+        backend.setdefault("bnb_4bit_quant_type", "nf4")
+        super().__init__(BitsAndBytesConfig(load_in_4bit=True, **backend), **guard)
+
+
+class QGuardGPTQConfig(QGuardConfig):
+    """`QGuardConfig` for GPTQ; takes ``GPTQConfig``'s arguments and guard's."""
+
+    def __init__(self, bits: int = 4, **arguments: Any) -> None:
+        guard, backend = _split(arguments)
+        super().__init__(GPTQConfig(bits=bits, **backend), **guard)
+
+
+_GUARD_ARGUMENTS = ("method", "noise", "multiplier", "compensate", "clip_outliers", "seed")
+
+
+def _split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    guard = {key: arguments[key] for key in _GUARD_ARGUMENTS if key in arguments}
+    return guard, {key: value for key, value in arguments.items() if key not in guard}
+
+
+def _inner_config(config: QuantizationConfigMixin | dict[str, Any]) -> QuantizationConfigMixin:
+    if isinstance(config, dict):
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        config = AutoQuantizationConfig.from_dict(dict(config))
+    if isinstance(config, QGuardConfig):
+        raise QGuardConfigError("the configuration is a QGuardConfig already; one guard is enough")
+    if not isinstance(config, QuantizationConfigMixin):
+        raise QGuardConfigError(
+            f"quantization_config is a {type(config).__name__}; give one of transformers' quantization configurations, "
+            "for example BitsAndBytesConfig(load_in_8bit=True)"
+        )
+    return config
+
+
+def _is_amplitude(value: object) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(float(value)) and value >= 0
+    )
+
+
+def _is_hex(text: str) -> bool:
+    return text.isascii() and bool(text) and all(letter in "0123456789abcdefABCDEF" for letter in text)

@@ -1,0 +1,152 @@
+"""Calibrate noise by a tensor's quantization cells, and draw it: the mathematics of guard, one tensor at a time.
+
+Three ways to randomize the rounding of a weight ``w`` in a cell of half-width ``h``:
+
+- *stochastic*: ``w`` moves to one of its two neighbouring symbols, with probabilities that make the mean exactly ``w``
+  (pre-rounding: the quantizer, given values on its own grid, reproduces them). Variance ``step**2 / 6`` on average.
+- *gaussian*: ``w + N(0, sigma**2)``, ``sigma`` the median half-width of the tensor ("Interval-Calibrated Noisy
+  Quantization", equations 3 to 5), of the model (equation 4), or a fixed number.
+- *uniform*: ``w + U(-a, a)`` with the same choices for ``a``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optimum_qguard.formats import Format, Grid, WeightError, block_ranges, check_finite
+from optimum_qguard.guard.random import RandomStream
+
+Method = Literal["stochastic", "gaussian", "uniform"]
+
+_SAMPLED_WEIGHTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One tensor after guard.
+
+    Attributes:
+        weight: what the quantizer gets, shaped like the original.
+        amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; for
+            stochastic rounding ``None``, the grid decides.
+        share_changed: share of weights that left the cell they were in.
+        sampled: how many weights, evenly spread over the tensor, ``share_changed`` was counted on.
+    """
+
+    weight: Tensor
+    amplitude: float | None
+    share_changed: float
+    sampled: int
+
+
+def half_width(weight: Tensor, format: Format, name: str) -> float:
+    """``h`` of equation (3): the median half-width of the tensor's cells, in the weight's units.
+
+    Args:
+        weight: as the quantizer sees it, see `Format`.
+
+    Raises:
+        WeightError: NaN or infinite weights.
+    """
+    if weight.numel() == 0:
+        return 0.0
+    blocks = format.blocks(weight)
+    grid = format.grid(blocks) if format.fixed_grid else None
+    if grid is not None and grid.is_uniform:
+        _check(grid, weight, name)
+        sizes = format.block_sizes(weight.shape, blocks.shape[0])
+        return float(grid.median_half_width(None, sizes))
+    return format.quantize(weight, name).median_half_width()
+
+
+def draw(
+    weight: Tensor,
+    format: Format,
+    method: Method,
+    stream: RandomStream,
+    *,
+    amplitude: float | None = None,
+    dtype: torch.dtype | None = None,
+    name: str = "tensor",
+) -> Draw:
+    """Randomize one tensor, in pieces that stay in the cache; the only tensor-sized memory it takes is the result.
+
+    Args:
+        weight: as the quantizer sees it, see `Format`. Not changed.
+        format: what the quantizer will do to it.
+        stream: the tensor's random bits.
+        amplitude: of gaussian or uniform noise, in the weight's units.
+        dtype: of the result; the weight's own by default.
+        name: what errors call the tensor.
+
+    Raises:
+        WeightError: NaN or infinite weights.
+        ValueError: stochastic rounding asked of a format whose quantizer searches its grid.
+    """
+    if method == "stochastic" and not format.fixed_grid:
+        raise ValueError(f"{name}: stochastic rounding needs a fixed grid, and {format} searches its own; use gaussian")
+    blocks = format.blocks(weight)
+    result = torch.empty(blocks.shape, dtype=dtype or weight.dtype, device=weight.device)
+    changed = sampled = 0
+    if weight.numel():
+        grid = format.grid(blocks)
+        _check(grid, weight, name)
+        ranges = list(block_ranges(blocks))
+        every, per_range = _sampling(len(ranges), ranges[0].stop, blocks.shape[1])
+        for index, part in enumerate(ranges):
+            piece = grid[part]
+            values = blocks[part].float()
+            moved = _move(values, piece, method, stream, part.start * blocks.shape[1], amplitude)
+            result[part] = moved
+            if index % every == 0:
+                sample = slice(0, per_range)
+                changed += _count_changed(format, piece[sample], blocks[part][sample], result[part][sample])
+                sampled += values[sample].numel()
+    share = changed / sampled if sampled else 0.0
+    return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
+
+
+def _sampling(ranges: int, blocks_per_range: int, block_size: int) -> tuple[int, int]:
+    """Every how many ranges, and on how many blocks of those, to count changed symbols."""
+    blocks = max(1, _SAMPLED_WEIGHTS // block_size)
+    every = max(1, ranges // blocks)
+    return every, max(1, min(blocks_per_range, blocks * every // ranges))
+
+
+def _move(
+    values: Tensor, grid: Grid, method: Method, stream: RandomStream, start: int, amplitude: float | None
+) -> Tensor:
+    count, device = values.numel(), values.device
+    if method == "stochastic":
+        uniform = stream.uniform(start, count, device).view_as(values)
+        rounded = grid.round_stochastically(values, uniform)
+        # The elements that set the block's scale stay: the quantizer must find the same scale.
+        low, high = torch.aminmax(values, dim=1, keepdim=True)
+        return torch.where((values == low) | (values == high), values, rounded)
+    if amplitude is None:
+        raise ValueError(f"{method} noise needs an amplitude")
+    if method == "gaussian":
+        return torch.add(values, stream.normal(start, count, device).view_as(values), alpha=amplitude)
+    uniform = stream.uniform(start, count, device).view_as(values)
+    return torch.add(values, uniform.mul_(2).sub_(1), alpha=amplitude)
+
+
+def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:
+    end = torch.stack([grid.edges[0] * grid.scale, grid.edges[-1] * grid.scale])
+    if grid.offset is not None:
+        end += grid.offset
+    low, high = end.amin(0), end.amax(0)
+    return int((format.encode(before, grid) != format.encode(after.float().clamp(low, high), grid)).sum())
+
+
+def _check(grid: Grid, weight: Tensor, name: str) -> None:
+    if bool(torch.isfinite(grid.scale).all()) and (grid.offset is None or bool(torch.isfinite(grid.offset).all())):
+        return
+    check_finite(weight, name)
+    raise WeightError(
+        f"{name}: weights too large for the quantizer's own precision (largest {float(weight.abs().max())})"
+    )

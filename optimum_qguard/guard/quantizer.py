@@ -1,0 +1,285 @@
+"""The hook: everything that touches what transformers does not document for plugins. Written against transformers 5.23.
+
+transformers quantizes one parameter at a time while it loads: its quantizer's ``get_quantize_ops`` gives an operation
+whose ``convert`` gets the merged full-precision tensor. `Guard` puts itself in front of that operation on one instance
+of the library's own quantizer, and steps aside when the model is loaded: what the user holds, and saves, is the
+library's model and nothing else. Libraries that calibrate (GPTQ) quantize after loading; there the noise is added just
+before.
+
+transformers swallows exceptions inside ``convert`` and goes on without the parameter. `Guard` therefore keeps the first
+one, counts what it guarded, and raises at the end if any tensor that the library quantized was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_qguard.formats import Format
+from optimum_qguard.guard.backends import backend_of, require
+from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
+from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.random import RandomStream, fresh_seed
+from optimum_qguard.guard.report import GuardReport, TensorReport
+from optimum_qguard.guard.saving import save_with_report
+
+build_quantizer = AutoHfQuantizer.from_config
+_FULL_PRECISION = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Guard:
+    """Guards one ``from_pretrained`` call."""
+
+    def __init__(self, config: QGuardConfig, quantizer: Any) -> None:
+        self._config = config
+        self._inner = config.quantization_config
+        self._backend = backend_of(self._inner)
+        require(self._backend)
+        self._quantizer = quantizer
+        self._seed = fresh_seed() if config.seed is None else int(config.seed)
+        self._global_amplitude: float | None = None
+        self._expected: set[str] = set()
+        self._tensors: dict[str, TensorReport] = {}
+        self._failure: Exception | None = None
+        if config.method == "stochastic" and self._backend.calibrates:
+            raise QGuardConfigError(
+                f"{type(self._inner).__name__} chooses its grid while it calibrates, so there is nothing to round to "
+                "beforehand: use method='auto' or 'gaussian'"
+            )
+        self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
+        if not self._backend.calibrates:
+            self._originals["get_quantize_ops"] = quantizer.get_quantize_ops
+        for name in self._originals:
+            setattr(quantizer, name, getattr(self, name))
+
+    def preprocess_model(self, model: Any, **kwargs: Any) -> None:
+        """Note what the library will quantize, once it has put its modules in place."""
+        model.config.quantization_config = self._inner
+        self._originals["preprocess_model"](model=model, **kwargs)
+        if self._backend.calibrates:
+            return
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._expected = {name for name in names if self._quantizer.param_needs_quantization(model, name)}
+        if self._config.noise == "global":
+            files = kwargs.get("checkpoint_files")
+            self._global_amplitude = _global_half_width(model, files, self._quantizer, self._expected, self._half_width)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The library's operation, with guard in front of it."""
+        return _GuardedQuantize(self._originals["get_quantize_ops"](), self)
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        """Step aside, let the library finish, and make sure that nothing was missed."""
+        for name in self._originals:
+            delattr(self._quantizer, name)
+        if self._failure is not None:
+            raise QGuardError(f"the model was not loaded: {self._failure}") from self._failure
+        if self._backend.calibrates:
+            self._guard_loaded(model)
+        self._quantizer.postprocess_model(model, **kwargs)
+        missed = sorted(name for name in self._expected - self._tensors.keys() if _is_quantized(model, name))
+        if missed:
+            raise QGuardError(
+                f"the model was not loaded: {len(missed)} tensor(s) were quantized without guard, the first "
+                f"{missed[0]}; please report this with the model's name"
+            )
+        if not self._tensors:
+            raise QGuardError(
+                f"the model was not loaded: {type(self._inner).__name__} quantized none of its tensors, so there is "
+                "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
+            )
+        model.qguard_report = self._report(model)
+        model.save_pretrained = MethodType(save_with_report, model)
+
+    def convert(self, tensors: dict[str, Any], model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> Any:
+        """Randomize the tensors that the library is about to quantize, then let it."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            guarded = {}
+            for name in list(tensors):
+                value = tensors.pop(name)
+                value = value[0] if isinstance(value, list) else value
+                needed = self._quantizer.param_needs_quantization(model, name)
+                guarded[name] = self._randomize(model, name, value) if needed else value
+                del value
+            return operation(guarded)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _guard_loaded(self, model: nn.Module) -> None:
+        modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)
+        weights: dict[str, Any] = {f"{name}.weight": module.weight for name, module in modules.items()}
+        self._expected = set(weights)
+        if self._config.noise == "global":
+            self._global_amplitude = median(
+                self._half_width(model, name, weight.data) for name, weight in weights.items()
+            )
+        for name, weight in weights.items():
+            weight.data = self._randomize(model, name, weight.data)
+
+    def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
+        module, format = self._format(model, name)
+        weight = value.T if self._backend.is_transposed(module) else value
+        method = self._method(format)
+        amplitude = None if method == "stochastic" else self._amplitude(weight, format, name)
+        drawn: Draw = draw(
+            weight,
+            format,
+            method,
+            RandomStream(self._seed, name),
+            amplitude=amplitude,
+            dtype=self._backend.handover_dtype(self._inner, weight),
+            name=name,
+        )
+        self._tensors[name] = TensorReport(
+            name=name,
+            format=str(format),
+            method=method,
+            amplitude=drawn.amplitude,
+            weights=weight.numel(),
+            share_changed=drawn.share_changed,
+            sampled=drawn.sampled,
+        )
+        return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
+
+    def _format(self, model: nn.Module, name: str) -> tuple[nn.Module, Format]:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return module, self._backend.format_of(self._inner, module, name)
+
+    def _half_width(self, model: nn.Module, name: str, value: Tensor) -> float:
+        module, format = self._format(model, name)
+        return half_width(value.T if self._backend.is_transposed(module) else value, format, name)
+
+    def _method(self, format: Format) -> Method:
+        if self._config.method != "auto":
+            return self._config.method
+        return "stochastic" if format.fixed_grid and not self._config.has_amplitude else "gaussian"
+
+    def _amplitude(self, weight: Tensor, format: Format, name: str) -> float:
+        if isinstance(self._config.noise, str):
+            base = half_width(weight, format, name) if self._global_amplitude is None else self._global_amplitude
+        else:
+            base = float(self._config.noise)
+        return base * self._config.multiplier
+
+    def _report(self, model: Any) -> GuardReport:
+        return GuardReport(
+            model=str(model.name_or_path),
+            revision=getattr(model.config, "_commit_hash", None),
+            method=self._config.method,
+            noise=self._config.noise,
+            multiplier=self._config.multiplier,
+            seed=f"{self._seed:064x}",
+            fresh_seed=self._config.seed is None,
+            quantization_config=_json_safe(self._inner.to_dict()),
+            tensors=[self._tensors[name] for name in sorted(self._tensors)],
+        )
+
+
+class _GuardedQuantize(ConversionOps):  # type: ignore[misc]
+    def __init__(self, operation: ConversionOps, guard: Guard) -> None:
+        self._operation = operation
+        self._guard = guard
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> Any:
+        return self._guard.convert(
+            input_dict, model, lambda tensors: self._operation.convert(tensors, *args, model=model, **kwargs)
+        )
+
+
+class QGuardQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers finds under ``quant_method="qguard"``: the library's own quantizer, with `Guard` on it."""
+
+    def __new__(cls, quantization_config: QGuardConfig, *, pre_quantized: bool = False, **kwargs: Any) -> Any:
+        if pre_quantized:
+            raise QGuardConfigError(
+                "config.json names 'qguard' as its quantization method; a guarded model is saved under its library's "
+                "own method, so this file was edited: get the checkpoint from its publisher again"
+            )
+        backend_of(quantization_config.quantization_config)
+        quantizer = build_quantizer(quantization_config.quantization_config, pre_quantized=False, **kwargs)
+        Guard(quantization_config, quantizer)
+        return quantizer
+
+
+def register() -> None:
+    """Make ``quant_method="qguard"`` known to transformers; again is no error."""
+    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(QUANT_METHOD)(QGuardConfig)
+    register_quantizer(QUANT_METHOD)(QGuardQuantizer)
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merge_unless_guarded(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if isinstance(quantization_config_from_args, QGuardConfig):
+            found = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+            raise QGuardConfigError(
+                f"the model is quantized already ({found.get('quant_method')}), so guard comes too late: guard its "
+                "full-precision original, or load it without QGuardConfig"
+            )
+        return merge(quantization_config, quantization_config_from_args)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_unless_guarded)
+
+
+def _is_quantized(model: nn.Module, name: str) -> bool:
+    """Whether the parameter is no longer a plain full-precision one."""
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:
+        return True
+    return type(parameter) is not nn.Parameter or parameter.dtype not in _FULL_PRECISION
+
+
+def _global_half_width(
+    model: Any,
+    files: Sequence[str] | None,
+    quantizer: Any,
+    expected: set[str],
+    half_width_of: Callable[[nn.Module, str, Tensor], float],
+) -> float:
+    """Equation (4): the median over tensors of their half-width, from one pass over the checkpoint's files."""
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise QGuardConfigError("noise='global' reads the checkpoint twice and needs it in safetensors files")
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    found = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+                if name in expected:
+                    found.append(half_width_of(model, name, tensors.get_tensor(key)))
+    if not found:
+        raise QGuardConfigError("noise='global' found no tensor in the checkpoint that the quantizer will quantize")
+    return median(found)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,115 @@
+"""What guard did, tensor by tensor: ``model.qguard_report``, ``qguard.json`` and the model card of a saved model."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from optimum_qguard import __version__
+from optimum_qguard.checkpoint.atomic import atomic_write
+from optimum_qguard.checkpoint.card import merge_card
+
+REPORT_FILE = "qguard.json"
+TAGS = ("quantization-guarded", "qguard")
+
+
+class TensorReport(BaseModel):
+    """One guarded tensor.
+
+    Attributes:
+        name: full parameter name in the model.
+        format: what the quantizer did to it, a `Format`'s description.
+        method: how its rounding was randomized.
+        amplitude: standard deviation (gaussian) or half range (uniform) of its noise, in the weights' units; ``None``
+            for stochastic rounding.
+        weights: how many weights it has.
+        share_changed: share of its weights that left their cell, counted on ``sampled`` of them.
+        sampled: see ``share_changed``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    format: str
+    method: Literal["stochastic", "gaussian", "uniform"]
+    amplitude: float | None = Field(ge=0)
+    weights: int = Field(ge=0)
+    share_changed: float = Field(ge=0, le=1)
+    sampled: int = Field(ge=0)
+
+
+class GuardReport(BaseModel):
+    """Everything needed to audit or repeat one guarded load.
+
+    Attributes:
+        schema_version: of this file's layout.
+        package_version: of optimum-qguard.
+        created: when, UTC.
+        model: what was loaded, as it was named, and ``revision``, the Hub's commit if there was one.
+        method, noise, multiplier: of the `QGuardConfig`.
+        seed: 64 hexadecimal digits; with it and the same model the noise can be drawn again.
+        fresh_seed: whether the operating system drew the seed for this load; if not, it was known beforehand.
+        quantization_config: the quantizer's own configuration.
+        tensors: every tensor that the quantizer quantized.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    package_version: str = __version__
+    created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
+    model: str
+    revision: str | None = None
+    method: str
+    noise: str | float
+    multiplier: float
+    seed: str = Field(pattern="^[0-9a-f]{64}$")
+    fresh_seed: bool
+    quantization_config: dict[str, Any]
+    tensors: list[TensorReport]
+
+    @property
+    def weights(self) -> int:
+        """How many weights were guarded."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def share_changed(self) -> float:
+        """Share of all guarded weights that left their cell."""
+        return sum(tensor.share_changed * tensor.weights for tensor in self.tensors) / max(self.weights, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.tensors)} tensors ({self.weights:,} weights) guarded by {self.described_method}; "
+            f"{self.share_changed:.1%} of the weights left their quantization cell; seed {self.seed}"
+        )
+
+    __repr__ = __str__
+
+    @property
+    def described_method(self) -> str:
+        """The methods that were really used, in words."""
+        words = {"stochastic": "unbiased stochastic rounding", "gaussian": "Gaussian noise", "uniform": "uniform noise"}
+        return " and ".join(words[method] for method in sorted({tensor.method for tensor in self.tensors}))
+
+    def write(self, folder: Path) -> None:
+        """Write ``qguard.json`` and the model card's section into the folder of a saved model.
+
+        An existing model card keeps everything it has.
+        """
+        merge_card(folder, section_id="guard", markdown=self._card_section(), tags=TAGS)
+        atomic_write(folder / REPORT_FILE, self.model_dump_json(indent=2) + "\n")
+
+    def _card_section(self) -> str:
+        return (
+            "## Guarded quantization\n\n"
+            "This checkpoint was quantized under "
+            f"optimum-qguard {self.package_version}: the rounding of every quantized weight was randomized "
+            f"({self.described_method}), so that behaviour planted for the rounding does not survive it. "
+            f"{len(self.tensors)} tensors, {self.weights:,} weights; {self.share_changed:.1%} of them left the "
+            f"quantization cell they were in. Details and seed: `{REPORT_FILE}`.\n\n"
+            "It loads with plain transformers.\n"
+        )
