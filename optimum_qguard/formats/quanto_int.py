@@ -19,7 +19,16 @@ from optimum_qguard.formats.grid import Grid
 
 @dataclass(frozen=True)
 class QuantoInt8(AffineGroup):
-    """quanto's ``AbsmaxOptimizer`` and ``quantize_symmetric``. Symbol ``c`` is the integer ``c - 128``."""
+    """quanto's ``AbsmaxOptimizer`` and ``quantize_symmetric``. Symbol ``c`` is the integer ``c - 128``.
+
+    The grid is fixed in float32 and float16 only. BF16 has 8 digits: beyond ±64 quotients are multiples of a half, and
+    so rounded twice, the second time to even. One odd symbol in nine there is reached by no BF16 weight at all.
+    """
+
+    fixed_grid = False
+
+    def fixed_for(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16
 
     def group_of(self, shape: torch.Size) -> int:
         return max(shape[-1], 1)

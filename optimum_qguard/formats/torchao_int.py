@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optimum_qguard.formats.affine_group import AffineGroup, extremes, signed_levels, unsigned_levels
-from optimum_qguard.formats.format import WeightError, register
+from optimum_qguard.formats.format import Quantized, WeightError, register
 from optimum_qguard.formats.grid import Grid
 
 
@@ -41,12 +41,23 @@ class _TorchaoGroup(AffineGroup):
             )
         return self.group_size
 
+    def quantize(self, weight: Tensor, name: str = "tensor") -> Quantized:
+        try:
+            self.group_of(weight.shape)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from None
+        return super().quantize(weight, name)
+
 
 @dataclass(frozen=True)
 class TorchaoInt(_TorchaoGroup):
     """torchao's ``choose_qparams_affine`` and ``quantize_affine``: integers and an integer zero point.
 
     The scale is chosen in the weight's dtype, and the symbols in the wider of that and ``scale_dtype``.
+
+    The grid is not fixed where the zero point is an integer (the group's least symbol then lies up to half a step
+    beyond its least weight: a weight moved there changes the scale), nor where 8-bit symbols are computed in BF16,
+    whose 8 digits cannot hold them exactly enough.
 
     Attributes:
         bits: 1 to 8.
@@ -62,6 +73,15 @@ class TorchaoInt(_TorchaoGroup):
     mapping: Literal["symmetric", "symmetric_no_clipping_err", "asymmetric"] = "symmetric"
     scale_dtype: torch.dtype | None = None
     eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits is 2 to 8, not {self.bits}")
+        exact = self.bits < 8 or self.scale_dtype == torch.float32
+        object.__setattr__(self, "fixed_grid", exact and self.mapping != "asymmetric")
+
+    def fixed_for(self, dtype: torch.dtype) -> bool:
+        return self.mapping != "asymmetric" and (self.fixed_grid or dtype != torch.bfloat16)
 
     def grid(self, blocks: Tensor) -> Grid:
         low, high = extremes(blocks)

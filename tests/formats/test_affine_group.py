@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pre_rounding import pre_round
 from strategies import slack, weights
@@ -131,3 +131,29 @@ def test_torchao_tinygemm(format: TorchaoInt4, weight: Tensor) -> None:
 @given(QUANTO, weights())
 def test_quanto(format: QuantoInt8 | QuantoIntGroup, weight: Tensor) -> None:
     assert_same(format.quantize(weight), *quanto(format, weight), weight)
+
+
+@given(TORCHAO, weights(columns=GROUPED), st.integers(0, 2**32))
+def test_torchao_gives_pre_rounded_symbols_back(format: TorchaoInt, weight: Tensor, seed: int) -> None:
+    assume(format.fixed_for(weight.dtype))
+    rounded = pre_round(format, weight, seed)
+    codes, _ = torchao(format, rounded.weight)
+    assert torch.equal(codes.short(), rounded.codes)
+
+
+@given(TINYGEMM, weights(SIXTEENS, GROUPED), st.integers(0, 2**32))
+def test_torchao_tinygemm_gives_pre_rounded_symbols_back(format: TorchaoInt4, weight: Tensor, seed: int) -> None:
+    assume(format.fixed_for(weight.dtype))
+    rounded = pre_round(format, weight, seed)
+    codes, _ = torchao(format, rounded.weight)
+    assert torch.equal(codes.short(), rounded.codes)
+
+
+@given(QUANTO, weights(), st.integers(0, 2**32))
+def test_quanto_gives_pre_rounded_symbols_back(
+    format: QuantoInt8 | QuantoIntGroup, weight: Tensor, seed: int
+) -> None:
+    assume(format.fixed_for(weight.dtype))
+    rounded = pre_round(format, weight, seed)
+    codes, _ = quanto(format, rounded.weight)
+    assert torch.equal(codes.short(), rounded.codes)
