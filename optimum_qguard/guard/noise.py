@@ -55,9 +55,9 @@ def half_width(weight: Tensor, format: Format, name: str) -> float:
     if weight.numel() == 0:
         return 0.0
     blocks = format.blocks(weight)
-    grid = format.grid(blocks) if format.fixed_grid else None
-    if grid is not None and grid.is_uniform:
-        _check(grid, weight, name)
+    grid = format.grid(blocks)
+    _check(grid, weight, name)
+    if grid.is_uniform:
         sizes = format.block_sizes(weight.shape, blocks.shape[0])
         return float(grid.median_half_width(None, sizes))
     return format.quantize(weight, name).median_half_width()
@@ -87,8 +87,11 @@ def draw(
         WeightError: NaN or infinite weights.
         ValueError: stochastic rounding asked of a format whose quantizer searches its grid.
     """
-    if method == "stochastic" and not format.fixed_grid:
-        raise ValueError(f"{name}: stochastic rounding needs a fixed grid, and {format} searches its own; use gaussian")
+    if method == "stochastic" and not format.fixed_for(weight.dtype):
+        raise ValueError(
+            f"{name}: stochastic rounding needs a grid that is known beforehand, which {format} has not for "
+            f"{weight.dtype} weights: use method='auto' or 'gaussian'"
+        )
     blocks = format.blocks(weight)
     result = torch.empty(blocks.shape, dtype=dtype or weight.dtype, device=weight.device)
     changed = sampled = 0

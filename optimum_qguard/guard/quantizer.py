@@ -72,11 +72,27 @@ class Guard:
         self._originals["preprocess_model"](model=model, **kwargs)
         if self._backend.calibrates:
             return
+        self._raise_after_loading(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._expected = {name for name in names if self._quantizer.param_needs_quantization(model, name)}
         if self._config.noise == "global":
             files = kwargs.get("checkpoint_files")
             self._global_amplitude = _global_half_width(model, files, self._quantizer, self._expected, self._half_width)
+
+    def _raise_after_loading(self, model: Any) -> None:
+        """Have the first failure raised by the first method that transformers calls once the weights are loaded, in
+        place of its own report: one line that says what is wrong."""
+        proceed = model.mark_tied_weights_as_initialized
+
+        def raise_or_proceed(loading_info: Any) -> None:
+            del model.mark_tied_weights_as_initialized
+            if self._failure is not None:
+                for found in (loading_info.conversion_errors, loading_info.missing_keys, loading_info.unexpected_keys):
+                    found.clear()
+                raise QGuardError(f"the model was not loaded: {self._failure}") from self._failure
+            proceed(loading_info)
+
+        model.mark_tied_weights_as_initialized = raise_or_proceed
 
     def get_quantize_ops(self) -> ConversionOps:
         """The library's operation, with guard in front of it."""
@@ -86,8 +102,6 @@ class Guard:
         """Step aside, let the library finish, and make sure that nothing was missed."""
         for name in self._originals:
             delattr(self._quantizer, name)
-        if self._failure is not None:
-            raise QGuardError(f"the model was not loaded: {self._failure}") from self._failure
         if self._backend.calibrates:
             self._guard_loaded(model)
         self._quantizer.postprocess_model(model, **kwargs)
@@ -108,15 +122,15 @@ class Guard:
     def convert(self, tensors: dict[str, Any], model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> Any:
         """Randomize the tensors that the library is about to quantize, then let it."""
         if self._failure is not None:
-            raise self._failure
+            raise QGuardError("not loaded, because guard failed before")
         try:
             guarded = {}
             for name in list(tensors):
                 value = tensors.pop(name)
-                value = value[0] if isinstance(value, list) else value
-                needed = self._quantizer.param_needs_quantization(model, name)
-                guarded[name] = self._randomize(model, name, value) if needed else value
-                del value
+                if self._quantizer.param_needs_quantization(model, name):
+                    weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
+                    value = [weight] if isinstance(value, list) else weight
+                guarded[name] = value
             return operation(guarded)
         except Exception as error:
             self._failure = error
@@ -136,7 +150,7 @@ class Guard:
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
         weight = value.T if self._backend.is_transposed(module) else value
-        method = self._method(format)
+        method = self._method(format, weight.dtype)
         amplitude = None if method == "stochastic" else self._amplitude(weight, format, name)
         drawn: Draw = draw(
             weight,
@@ -166,10 +180,10 @@ class Guard:
         module, format = self._format(model, name)
         return half_width(value.T if self._backend.is_transposed(module) else value, format, name)
 
-    def _method(self, format: Format) -> Method:
+    def _method(self, format: Format, dtype: torch.dtype) -> Method:
         if self._config.method != "auto":
             return self._config.method
-        return "stochastic" if format.fixed_grid and not self._config.has_amplitude else "gaussian"
+        return "stochastic" if format.fixed_for(dtype) and not self._config.has_amplitude else "gaussian"
 
     def _amplitude(self, weight: Tensor, format: Format, name: str) -> float:
         if isinstance(self._config.noise, str):
@@ -187,7 +201,9 @@ class Guard:
             multiplier=self._config.multiplier,
             seed=f"{self._seed:064x}",
             fresh_seed=self._config.seed is None,
-            quantization_config=_json_safe(self._inner.to_dict()),
+            quantization_config=_json_safe(
+                {key: value for key, value in self._inner.to_dict().items() if key not in ("dataset", "tokenizer")}
+            ),
             tensors=[self._tensors[name] for name in sorted(self._tensors)],
         )
 

@@ -29,12 +29,16 @@ class GPTQModel(Backend):
     def modules_to_calibrate(self, config: Any, quantizer: Any, model: nn.Module) -> dict[str, nn.Module]:
         from optimum.gptq.utils import get_block_name_with_pattern, get_layers
 
-        block = config.block_name_to_quantize or get_block_name_with_pattern(model)
-        layers: dict[str, nn.Module] = get_layers(model, prefix=block)
-        if config.modules_in_block_to_quantize is None:
-            return layers
-        kept = tuple(name for group in config.modules_in_block_to_quantize for name in group)
-        return {name: module for name, module in layers.items() if name.endswith(kept)}
+        optimum = quantizer.optimum_quantizer
+        blocks = optimum.block_name_to_quantize or get_block_name_with_pattern(model)
+        chosen = optimum.modules_in_block_to_quantize
+        names = None if chosen is None else {name for group in chosen for name in group}
+        return {
+            f"{blocks}.{index}.{name}": layer
+            for index, block in enumerate(model.get_submodule(blocks).children())
+            for name, layer in get_layers(block).items()
+            if names is None or name in names
+        }
 
 
 backend = GPTQModel()
