@@ -102,7 +102,8 @@ def _nested(absmax: Tensor) -> Tensor:
 
     flat = absmax.flatten()
     mean = flat.mean()
-    return (dequantize_blockwise(*quantize_blockwise(flat - mean, blocksize=256)) + mean).view_as(absmax)
+    rest: Tensor = dequantize_blockwise(*quantize_blockwise(flat - mean, blocksize=256))
+    return (rest + mean).view_as(absmax)
 
 
 for _type in ("nf4", "fp4"):

@@ -25,7 +25,8 @@ class Format(ABC):
 
     Attributes:
         fixed_grid: whether the grid depends only on each block's extreme values (no search, no calibration), so that a
-            weight moved to another point of the grid comes back from the quantizer as exactly that symbol.
+            weight moved to another point of the grid comes back from the quantizer as exactly that symbol; in every
+            dtype (see `fixed_for`).
     """
 
     fixed_grid: bool = True
@@ -47,6 +48,11 @@ class Format(ABC):
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         """Symbols (indices into ``grid.alphabet``, uint8), bit for bit as the quantizer chooses them, ties and clamping
         included."""
+
+    def fixed_for(self, dtype: torch.dtype) -> bool:
+        """`fixed_grid` for weights of one dtype: a quantizer that computes in the weight's own dtype may lose symbols
+        in bfloat16 that it keeps in float32."""
+        return self.fixed_grid
 
     def block_sizes(self, shape: torch.Size, n_blocks: int) -> Tensor | int:
         """How many weights each block holds, padding not counted: one number, or ``(n_blocks,)`` int64."""

@@ -19,7 +19,7 @@ class Int8Rowwise(Format):
     """bitsandbytes' ``int8_vectorwise_quant``. Symbol ``c`` is the integer ``c - 127``."""
 
     def blocks(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, weight.shape[-1])
+        return weight.reshape(weight.numel() // max(weight.shape[-1], 1), max(weight.shape[-1], 1))
 
     def unblock(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         return blocks.reshape(shape)

@@ -7,14 +7,16 @@ from torch import Tensor
 from optimum_qguard.formats import Format, WeightError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = st.integers(1, 9)
+COLUMNS = st.integers(1, 300)
 KINDS = ["normal", "outliers", "ties", "shifted", "one-sided", "constant rows", "zero rows"]
 
 
 @st.composite
 def weights(
     draw: st.DrawFn,
-    rows: st.SearchStrategy[int] = st.integers(1, 9),
-    columns: st.SearchStrategy[int] = st.integers(1, 300),
+    rows: st.SearchStrategy[int] = ROWS,
+    columns: st.SearchStrategy[int] = COLUMNS,
     kinds: list[str] = KINDS,
     dtypes: list[torch.dtype] = DTYPES,
     experts: bool = False,

@@ -7,10 +7,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pre_rounding import pre_round
-from strategies import slack, weights
+from strategies import weights
 from torch import Tensor, nn
 
-from optimum_qguard.formats import Format, Quantized, WeightError, get_format
+from optimum_qguard.formats import Quantized, get_format
 from optimum_qguard.formats.gptq import GPTQ
 from optimum_qguard.formats.quanto_int import QuantoInt8, QuantoIntGroup
 from optimum_qguard.formats.torchao_int import TorchaoInt, TorchaoInt4
@@ -150,9 +150,7 @@ def test_torchao_tinygemm_gives_pre_rounded_symbols_back(format: TorchaoInt4, we
 
 
 @given(QUANTO, weights(), st.integers(0, 2**32))
-def test_quanto_gives_pre_rounded_symbols_back(
-    format: QuantoInt8 | QuantoIntGroup, weight: Tensor, seed: int
-) -> None:
+def test_quanto_gives_pre_rounded_symbols_back(format: QuantoInt8 | QuantoIntGroup, weight: Tensor, seed: int) -> None:
     assume(format.fixed_for(weight.dtype))
     rounded = pre_round(format, weight, seed)
     codes, _ = quanto(format, rounded.weight)
