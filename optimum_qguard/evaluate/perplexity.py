@@ -1,0 +1,141 @@
+"""Perplexity, and the divergence of one model's predictions from another's, over a sliding window.
+
+Each token but the first is predicted once. The first window predicts all it can; every further one moves on by
+``stride`` tokens and predicts only those, so that each prediction has at least ``window - stride`` tokens of context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHUNK_ROWS = 256
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 2048,
+    stride: int = 512,
+    max_tokens: int | None = None,
+) -> float:
+    """``exp`` of the mean negative log-likelihood per token.
+
+    Args:
+        model: a causal language model; its mode is set to evaluation and back.
+        tokenizer: its tokenizer.
+        text: what to predict.
+        window: tokens in one forward pass.
+        stride: new tokens in each pass after the first; smaller than ``window``.
+        max_tokens: use the first so many tokens only.
+
+    Raises:
+        ValueError: fewer than two tokens, or a stride that is not between 1 and ``window - 1``.
+    """
+    tokens = _tokenize(tokenizer, text, max_tokens)
+    total = 0.0
+    for start, logits in _predictions(model, tokens, window, stride):
+        targets = tokens[start : start + len(logits)].to(logits.device)
+        for rows, wanted in zip(logits.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
+            total += torch.nn.functional.cross_entropy(rows.double(), wanted, reduction="sum").item()
+    return math.exp(total / (len(tokens) - 1))
+
+
+def next_token_logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 2048,
+    stride: int = 512,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """``(n_tokens - 1, vocabulary)`` logits on the CPU, in the model's dtype, for every token but the first.
+
+    To compare many models with one reference, of which only this is kept. Arguments and errors as for `perplexity`.
+    """
+    tokens = _tokenize(tokenizer, text, max_tokens)
+    return torch.cat([logits.cpu() for _, logits in _predictions(model, tokens, window, stride)])
+
+
+def kl_divergence(
+    reference: PreTrainedModel | Tensor,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 2048,
+    stride: int = 512,
+    max_tokens: int | None = None,
+) -> float:
+    """Mean over the predicted tokens of ``KL(reference || model)`` in nats.
+
+    Args:
+        reference: a model, or what `next_token_logits` gave for it with the same text and arguments.
+        model, tokenizer, text, window, stride, max_tokens: as for `perplexity`.
+
+    Raises:
+        ValueError: as for `perplexity`; or logits of another number of tokens or another vocabulary.
+    """
+    tokens = _tokenize(tokenizer, text, max_tokens)
+    if isinstance(reference, Tensor) and len(reference) != len(tokens) - 1:
+        raise ValueError(
+            f"reference logits are for {len(reference)} tokens, but {len(tokens) - 1} are predicted; "
+            "compute them with the same text and max_tokens"
+        )
+    expected = None if isinstance(reference, Tensor) else _predictions(reference, tokens, window, stride)
+    total = 0.0
+    for start, logits in _predictions(model, tokens, window, stride):
+        if isinstance(reference, Tensor):
+            wanted = reference[start - 1 : start - 1 + len(logits)]
+        else:
+            assert expected is not None
+            wanted = next(expected)[1]
+        if wanted.shape != logits.shape:
+            raise ValueError(
+                f"vocabularies differ: {wanted.shape[-1]} in the reference, {logits.shape[-1]} in the model"
+            )
+        for p, q in zip(wanted.split(_CHUNK_ROWS), logits.split(_CHUNK_ROWS), strict=True):
+            total += _summed_kl(p.to(q.device), q)
+    return total / (len(tokens) - 1)
+
+
+def _summed_kl(reference: Tensor, other: Tensor) -> float:
+    log_p = reference.double().log_softmax(-1)
+    log_q = other.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None) -> Tensor:
+    tokens = torch.tensor(tokenizer(text)["input_ids"][:max_tokens])
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} token(s); at least two are needed to predict one")
+    return tokens
+
+
+def _predictions(model: PreTrainedModel, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[int, Tensor]]:
+    """Pairs of the index of a token and the logits ``(n, vocabulary)`` that predict it and the ``n - 1`` after it."""
+    if not 1 <= stride < window:
+        raise ValueError(f"stride {stride}: must be between 1 and window - 1 = {window - 1}")
+    training = model.training
+    model.eval()
+    try:
+        predicted = 1
+        while predicted < len(tokens):
+            end = min(window if predicted == 1 else predicted + stride, len(tokens))
+            begin = max(0, end - window)
+            with torch.no_grad():
+                logits = model(tokens[None, begin:end].to(model.device), use_cache=False).logits[0]
+            yield predicted, logits[predicted - 1 - begin : -1]
+            predicted = end
+    finally:
+        model.train(training)
