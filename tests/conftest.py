@@ -1,0 +1,35 @@
+"""What tests of several verbs need."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# The first call into a library may load or compile for a second.
+settings.register_profile("optimum-qguard", deadline=None)
+settings.load_profile("optimum-qguard")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of two layers in BF16; only to be read."""
+    folder = tmp_path_factory.mktemp("tiny-llama") / "model"
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
