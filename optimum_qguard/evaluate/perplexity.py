@@ -43,10 +43,12 @@ def perplexity(
     """
     tokens = _tokenize(tokenizer, text, max_tokens)
     total = 0.0
-    for start, logits in _predictions(model, tokens, window, stride):
-        targets = tokens[start : start + len(logits)].to(logits.device)
-        for rows, wanted in zip(logits.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
-            total += torch.nn.functional.cross_entropy(rows.double(), wanted, reduction="sum").item()
+    predicted = 1
+    for logits in _predictions(model, tokens, window, stride):
+        targets = tokens[predicted : predicted + len(logits)].to(logits.device)
+        for rows in _chunks(len(logits)):
+            total += torch.nn.functional.cross_entropy(logits[rows].double(), targets[rows], reduction="sum").item()
+        predicted += len(logits)
     return math.exp(total / (len(tokens) - 1))
 
 
@@ -64,7 +66,7 @@ def next_token_logits(
     To compare many models with one reference, of which only this is kept. Arguments and errors as for `perplexity`.
     """
     tokens = _tokenize(tokenizer, text, max_tokens)
-    return torch.cat([logits.cpu() for _, logits in _predictions(model, tokens, window, stride)])
+    return torch.cat([logits.cpu() for logits in _predictions(model, tokens, window, stride)])
 
 
 def kl_divergence(
@@ -92,20 +94,17 @@ def kl_divergence(
             f"reference logits are for {len(reference)} tokens, but {len(tokens) - 1} are predicted; "
             "compute them with the same text and max_tokens"
         )
-    expected = None if isinstance(reference, Tensor) else _predictions(reference, tokens, window, stride)
+    expected: Iterator[Tensor]
+    if isinstance(reference, Tensor):
+        expected = (reference[predicted - 1 : end - 1] for _, predicted, end in _spans(len(tokens), window, stride))
+    else:
+        expected = _predictions(reference, tokens, window, stride)
     total = 0.0
-    for start, logits in _predictions(model, tokens, window, stride):
-        if isinstance(reference, Tensor):
-            wanted = reference[start - 1 : start - 1 + len(logits)]
-        else:
-            assert expected is not None
-            wanted = next(expected)[1]
-        if wanted.shape != logits.shape:
-            raise ValueError(
-                f"vocabularies differ: {wanted.shape[-1]} in the reference, {logits.shape[-1]} in the model"
-            )
-        for p, q in zip(wanted.split(_CHUNK_ROWS), logits.split(_CHUNK_ROWS), strict=True):
-            total += _summed_kl(p.to(q.device), q)
+    for p, q in zip(expected, _predictions(model, tokens, window, stride), strict=True):
+        if p.shape != q.shape:
+            raise ValueError(f"vocabularies differ: {p.shape[-1]} in the reference, {q.shape[-1]} in the model")
+        for rows in _chunks(len(q)):
+            total += _summed_kl(p[rows].to(q.device), q[rows])
     return total / (len(tokens) - 1)
 
 
@@ -122,20 +121,29 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | N
     return tokens
 
 
-def _predictions(model: PreTrainedModel, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[int, Tensor]]:
-    """Pairs of the index of a token and the logits ``(n, vocabulary)`` that predict it and the ``n - 1`` after it."""
+def _spans(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """For each forward pass: where it begins, the first token that it predicts, and where it ends."""
     if not 1 <= stride < window:
         raise ValueError(f"stride {stride}: must be between 1 and window - 1 = {window - 1}")
+    predicted = 1
+    while predicted < n_tokens:
+        end = min(window if predicted == 1 else predicted + stride, n_tokens)
+        yield max(0, end - window), predicted, end
+        predicted = end
+
+
+def _predictions(model: PreTrainedModel, tokens: Tensor, window: int, stride: int) -> Iterator[Tensor]:
+    """For each forward pass the logits ``(n, vocabulary)`` that predict its new tokens."""
     training = model.training
     model.eval()
     try:
-        predicted = 1
-        while predicted < len(tokens):
-            end = min(window if predicted == 1 else predicted + stride, len(tokens))
-            begin = max(0, end - window)
+        for begin, predicted, end in _spans(len(tokens), window, stride):
             with torch.no_grad():
                 logits = model(tokens[None, begin:end].to(model.device), use_cache=False).logits[0]
-            yield predicted, logits[predicted - 1 - begin : -1]
-            predicted = end
+            yield logits[predicted - 1 - begin : -1]
     finally:
         model.train(training)
+
+
+def _chunks(n_rows: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK_ROWS) for start in range(0, n_rows, _CHUNK_ROWS))
