@@ -127,15 +127,21 @@ def _move(
     if method == "stochastic":
         uniform = stream.uniform(start, count, device).view_as(values)
         rounded = grid.round_stochastically(values, uniform)
-        # The elements that set the block's scale stay: the quantizer must find the same scale.
-        low, high = torch.aminmax(values, dim=1, keepdim=True)
-        return torch.where((values == low) | (values == high), values, rounded)
+        return torch.where(_sets_scale(values, grid), values, rounded)
     if amplitude is None:
         raise ValueError(f"{method} noise needs an amplitude")
     if method == "gaussian":
         return torch.add(values, stream.normal(start, count, device).view_as(values), alpha=amplitude)
     uniform = stream.uniform(start, count, device).view_as(values)
     return torch.add(values, uniform.mul_(2).sub_(1), alpha=amplitude)
+
+
+def _sets_scale(values: Tensor, grid: Grid) -> Tensor:
+    """Which weights the quantizer takes a block's scale from; they stay, so that it finds the same scale again."""
+    if grid.offset is None:
+        magnitude = values.abs()
+        return magnitude == magnitude.amax(1, keepdim=True)
+    return (values == values.amin(1, keepdim=True)) | (values == values.amax(1, keepdim=True))
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

@@ -55,10 +55,10 @@ class Guard:
         self._expected: set[str] = set()
         self._tensors: dict[str, TensorReport] = {}
         self._failure: Exception | None = None
-        if config.method == "stochastic" and self._backend.calibrates:
+        if config.method == "stochastic" and (self._backend.calibrates or not self._backend.exact):
             raise QGuardConfigError(
-                f"{type(self._inner).__name__} chooses its grid while it calibrates, so there is nothing to round to "
-                "beforehand: use method='auto' or 'gaussian'"
+                f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round to: "
+                "use method='auto' or 'gaussian'"
             )
         self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
         if not self._backend.calibrates:
@@ -183,7 +183,8 @@ class Guard:
     def _method(self, format: Format, dtype: torch.dtype) -> Method:
         if self._config.method != "auto":
             return self._config.method
-        return "stochastic" if format.fixed_for(dtype) and not self._config.has_amplitude else "gaussian"
+        known = self._backend.exact and format.fixed_for(dtype)
+        return "stochastic" if known and not self._config.has_amplitude else "gaussian"
 
     def _amplitude(self, weight: Tensor, format: Format, name: str) -> float:
         if isinstance(self._config.noise, str):
