@@ -23,7 +23,7 @@ symbol may lie beyond the absmax, by so little that it does not move the scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,20 +31,9 @@ from torch import Tensor
 
 from optimum_qguard.formats.format import Format, Quantized, WeightError, register
 from optimum_qguard.formats.grid import Grid
+from optimum_qguard.formats.reciprocal_grid import ReciprocalGrid
 
 Arithmetic = Literal["float32", "torchao", "quanto", "transformers"]
-
-
-@dataclass(frozen=True)
-class ReciprocalGrid(Grid):
-    """A grid whose quantizer multiplies by ``factor`` ``(n_blocks, 1)``; ``scale`` is its reciprocal, rounded."""
-
-    factor: Tensor | None = None
-
-    def __getitem__(self, blocks: slice) -> ReciprocalGrid:
-        part = super().__getitem__(blocks)
-        assert isinstance(part, ReciprocalGrid)
-        return replace(part, factor=None if self.factor is None else self.factor[blocks])
 
 
 @dataclass(frozen=True)

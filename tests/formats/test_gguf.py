@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pre_rounding import pre_round
+from strategies import slack, weights
 from torch import Tensor
 
 from optimum_qguard.formats import WeightError, get_format
 from optimum_qguard.formats.gguf import fallback_for
-from tests.formats.pre_rounding import pre_round
-from tests.formats.strategies import slack, weights
 
 libgguf = pytest.importorskip("libgguf")
 gguf_quants = pytest.importorskip("gguf.quants")
