@@ -26,7 +26,7 @@ class Int8Rowwise(Format):
 
     def grid(self, blocks: Tensor) -> Grid:
         alphabet = torch.arange(-127.0, 128.0, device=blocks.device)
-        low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
         absmax = torch.maximum(-low, high).to(torch.float16).float()
         return Grid(alphabet, midpoint_edges(alphabet), absmax / 127)
 
