@@ -57,8 +57,8 @@ class Guard:
         self._failure: Exception | None = None
         if config.method == "stochastic" and (self._backend.calibrates or not self._backend.exact):
             raise QGuardConfigError(
-                f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round to: "
-                "use method='auto' or 'gaussian'"
+                f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
+                "to: use method='auto' or 'gaussian'"
             )
         self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
         if not self._backend.calibrates:

@@ -21,8 +21,8 @@ class Backend(ABC):
         quant_methods: ``quant_method`` of the transformers configurations it stands for.
         presets: configurations by the name that ``qguard guard --format`` gives them.
         requirement: the Python package it needs, and the extra of this distribution that installs it (``None``: core).
-        exact: whether tests compare the symbols of `format_of` with the library's own. If not, its cells are good enough
-            to calibrate noise by, and stochastic rounding is not available.
+        exact: whether tests compare the symbols of `format_of` with the library's own. If not, its cells are good
+            enough to calibrate noise by, and stochastic rounding is not available.
         calibrates: whether it quantizes after loading, from calibration data, moving weights itself. Then the noise is
             added to the loaded weights before it starts, and stochastic rounding is not available.
     """
