@@ -17,7 +17,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from optimum_qguard.formats.format import _REGISTRY, Format, Quantized, WeightError, check_finite, register
+from optimum_qguard.formats.format import (
+    _REGISTRY,
+    Format,
+    Quantized,
+    WeightError,
+    block_ranges,
+    check_finite,
+    register,
+)
 from optimum_qguard.formats.grid import Grid, midpoint_edges, weighted_median
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "Grid",
     "Quantized",
     "WeightError",
+    "block_ranges",
     "check_finite",
     "format_names",
     "get_format",

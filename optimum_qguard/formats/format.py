@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,10 @@ class Format(ABC):
         check_finite(weight, name)
         blocks = self.blocks(weight)
         grid = self.grid(blocks)
-        return Quantized(self, grid, self.encode(blocks, grid), weight.shape)
+        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+        for part in block_ranges(blocks):
+            codes[part] = self.encode(blocks[part], grid[part])
+        return Quantized(self, grid, codes, weight.shape)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,18 @@ class Quantized:
         """``h`` of equation (3): the median half-width over the tensor, in the weight's units."""
         sizes = self.format.block_sizes(self.shape, self.block_codes.shape[0])
         return float(self.grid.median_half_width(self.block_codes, sizes))
+
+
+def block_ranges(blocks: Tensor) -> Iterator[slice]:
+    """Cut ``blocks`` ``(n_blocks, block_size)`` into ranges of blocks whose float32 temporaries stay in the CPU's cache
+    (or fill an accelerator), so that no pass over a tensor needs temporaries of the tensor's size."""
+    weights = _CHUNK_WEIGHTS if blocks.device.type == "cpu" else 64 * _CHUNK_WEIGHTS
+    step = max(1, weights // max(blocks.shape[1], 1))
+    for start in range(0, blocks.shape[0], step):
+        yield slice(start, min(start + step, blocks.shape[0]))
+
+
+_CHUNK_WEIGHTS = 1 << 18
 
 
 def check_finite(weight: Tensor, name: str) -> None:
