@@ -35,6 +35,10 @@ class GPTQ(AffineGroup):
     symmetric: bool = True
     fixed_grid = False
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits is 2 to 8, not {self.bits}")
+
     def group_of(self, shape: torch.Size) -> int:
         return max(shape[-1], 1) if self.group_size == -1 else self.group_size
 

@@ -10,7 +10,7 @@ from pre_rounding import pre_round
 from strategies import weights
 from torch import Tensor, nn
 
-from optimum_qguard.formats import Quantized, get_format
+from optimum_qguard.formats import Quantized, WeightError, get_format
 from optimum_qguard.formats.gptq import GPTQ
 from optimum_qguard.formats.quanto_int import QuantoInt8, QuantoIntGroup
 from optimum_qguard.formats.torchao_int import TorchaoInt, TorchaoInt4
@@ -20,7 +20,10 @@ GROUPED = st.integers(1, 8).map(lambda groups: 32 * groups)
 SIXTEENS = st.sampled_from([16, 32])
 TORCHAO = st.one_of(
     st.builds(
-        TorchaoInt, group_size=st.sampled_from([-1, 16, 32]), scale_dtype=st.just(torch.float32), eps=st.just(2.0**-23)
+        TorchaoInt,
+        group_size=st.sampled_from([None, -1, 16, 32]),
+        scale_dtype=st.just(torch.float32),
+        eps=st.just(2.0**-23),
     ),
     st.builds(
         TorchaoInt,
@@ -155,3 +158,27 @@ def test_quanto_gives_pre_rounded_symbols_back(format: QuantoInt8 | QuantoIntGro
     rounded = pre_round(format, weight, seed)
     codes, _ = quanto(format, rounded.weight)
     assert torch.equal(codes.short(), rounded.codes)
+
+
+@pytest.mark.parametrize("name", ["torchao-int4", "torchao-intx4"])
+def test_groups_that_do_not_divide_the_input_are_refused_by_name(name: str) -> None:
+    with pytest.raises(WeightError, match=r"model\.proj\.weight: 100 input features .* group size"):
+        get_format(name).quantize(torch.randn(4, 100), "model.proj.weight")
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bits_out_of_range(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"2 to 8, not {bits}"):
+        TorchaoInt(bits)
+    with pytest.raises(ValueError, match=f"2 to 8, not {bits}"):
+        GPTQ(bits)
+
+
+def test_quanto_frozen_into_its_kernels_layout_keeps_the_symbols() -> None:
+    from optimum.quanto import QLinear, freeze, qint4
+
+    weight = torch.randn(16, 256).bfloat16()
+    layer = QLinear.from_module(linear(weight), weights=qint4)
+    freeze(layer)
+    stored = layer.weight.weight_qbits_tensor()
+    assert torch.equal(stored._data.unpack().reshape(weight.shape), get_format("quanto-int4").quantize(weight).codes)
