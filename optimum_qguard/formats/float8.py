@@ -16,8 +16,9 @@ where max is 448 (E4M3) or 57344 (E5M2). A scale rounded down puts the absmax we
 all four clamp.
 
 On-grid weights come back as their symbols in float32, bfloat16 and float16, provided that the dtype can hold them:
-float16 has steps of 2⁻²⁴, too coarse for E4M3's subnormals where a block's absmax is below 448 · 2⁻¹⁵ = 0.014. An end
-symbol may lie beyond the absmax, by so little that it does not move the scale.
+float16 has steps of 2⁻²⁴, too coarse for E4M3's subnormals where a block's absmax is below 448 · 2⁻¹⁵ = 0.014, and for
+E5M2's nearly always (see `Float8.fixed_for`). An end symbol may lie beyond the absmax, by so little that it does not
+move the scale.
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class Float8(Format):
         zero = len(grid.alphabet) // 2
         magnitude = bits & 0x7F
         return torch.where(bits > 0x7F, zero - magnitude, zero + magnitude)
+
+    def fixed_for(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.float16 or self.dtype == torch.float8_e4m3fn
 
     def quantize(self, weight: Tensor, name: str = "tensor") -> Quantized:
         self._check_tiles(weight.shape, name)

@@ -224,3 +224,14 @@ def test_an_end_symbol_beyond_the_absmax_does_not_move_the_scale(name: str) -> N
     codes, scale = library(name, quantized.grid.on_grid(ends).to(torch.bfloat16))
     assert torch.equal(scale, quantized.grid.scale)
     assert (codes.float() == 448).all()
+
+
+def test_float16_is_too_coarse_for_e5m2_alone() -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    assert [get_format("fp8-e5m2-row").fixed_for(dtype) for dtype in dtypes] == [True, True, False]
+    assert all(get_format("fp8-e4m3-row").fixed_for(dtype) for dtype in dtypes)
+    weight = (torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+    for name, comes_back in [("fp8-e5m2-row", False), ("fp8-e4m3-row", True)]:
+        quantized = get_format(name).quantize(weight)
+        rounded, chosen = pre_round(quantized, weight, 0)
+        assert torch.equal(get_format(name).quantize(rounded).codes, chosen) == comes_back
