@@ -41,6 +41,15 @@ class _TorchaoGroup(AffineGroup):
             )
         return self.group_size
 
+    def blocks(self, weight: Tensor) -> Tensor:
+        return super().blocks(weight.reshape(1, -1) if self.group_size is None else weight)
+
+    def unblock(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        return blocks.reshape(shape) if self.group_size is None else super().unblock(blocks, shape)
+
+    def block_sizes(self, shape: torch.Size, n_blocks: int) -> Tensor | int:
+        return shape.numel() if self.group_size is None else super().block_sizes(shape, n_blocks)
+
     def quantize(self, weight: Tensor, name: str = "tensor") -> Quantized:
         try:
             self.group_of(weight.shape)

@@ -182,3 +182,10 @@ def test_quanto_frozen_into_its_kernels_layout_keeps_the_symbols() -> None:
     freeze(layer)
     stored = layer.weight.weight_qbits_tensor()
     assert torch.equal(stored._data.unpack().reshape(weight.shape), get_format("quanto-int4").quantize(weight).codes)
+
+
+@given(weights(experts=True))
+def test_one_scale_for_the_whole_tensor(weight: Tensor) -> None:
+    quantized = TorchaoInt(group_size=None, scale_dtype=torch.float32).quantize(weight)
+    assert quantized.grid.scale.shape == (1, 1)
+    assert quantized.median_half_width() == pytest.approx(float(quantized.half_widths().median()))
