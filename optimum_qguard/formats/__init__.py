@@ -9,7 +9,7 @@ folder is found by itself.
     >>> quantized.dequantize()[0]
     tensor([   1., -127.])
     >>> quantized.median_half_width()
-    0.0007874015...
+    0.000787...
 """
 
 from __future__ import annotations
