@@ -80,14 +80,17 @@ def test_the_function_is_applied(write: Write, tmp_path: Path) -> None:
 
 
 def test_views_are_written_as_they_look(write: Write, tmp_path: Path) -> None:
+    views = {
+        "layers.0.weight": lambda tensor: tensor.T,
+        "layers.0.bias": lambda tensor: tensor.repeat_interleave(2)[::2],
+    }
     folder = write()
     transform_checkpoint(
-        open_checkpoint(folder),
-        tmp_path / "out",
-        lambda name, tensor: tensor.T if name == "layers.0.weight" else tensor,
+        open_checkpoint(folder), tmp_path / "out", lambda name, tensor: views.get(name, lambda same: same)(tensor)
     )
-    before = load_file(folder / "model.safetensors")["layers.0.weight"]
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["layers.0.weight"], before.T)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    for name, view in views.items():
+        assert torch.equal(after[name], view(before[name]))
 
 
 def test_transformers_reads_the_output(tmp_path: Path) -> None:
