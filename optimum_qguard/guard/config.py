@@ -97,6 +97,12 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fields = {key: value for key, value in self.__dict__.items() if key != "quantization_config"}
         return {**copy.deepcopy(fields), "quantization_config": self.quantization_config.to_dict()}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A `QGuardConfig` of what `to_dict` gave, also where a named variant made it: the variants' own arguments are
+        their library's, not these fields."""
+        return super(QGuardConfig, QGuardConfig).from_dict(config_dict, return_unused_kwargs, **kwargs)
+
 
 class QGuardInt8Config(QGuardConfig):
     """`QGuardConfig` for bitsandbytes' LLM.int8(); takes ``BitsAndBytesConfig``'s arguments and guard's."""
