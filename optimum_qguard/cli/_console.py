@@ -1,0 +1,80 @@
+"""What verbs print with: results on standard output, progress on standard error, and libraries silenced."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+def print_json(content: object) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def results() -> Console:
+    """Standard output; as wide as tables need where it is not a terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def table(title: str, *columns: str, text_columns: int = 1) -> Table:
+    """A table whose first ``text_columns`` columns are words and the others numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < text_columns else "right", no_wrap=index == 0)
+    return made
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; yields what moves it on. Without a terminal nothing is drawn."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' warnings, log lines, printing and progress bars away from the user; errors are raised."""
+    import transformers
+
+    disabled = logging.root.manager.disable
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
+
+
+def share(value: float) -> str:
+    """A share as a percentage."""
+    return f"{value:.1%}"
+
+
+def number(value: float | None) -> str:
+    """A small number in three digits; a dash for none."""
+    return "-" if value is None else f"{value:.2e}"

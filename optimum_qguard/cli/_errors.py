@@ -1,0 +1,20 @@
+"""Errors in one line."""
+
+from __future__ import annotations
+
+from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.formats import WeightError
+from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+
+_SAY_WHAT_TO_DO = (CheckpointError, WeightError, QGuardConfigError, QGuardError, FileNotFoundError, ImportError)
+_LONGEST = 1500
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong and what to do, in one line."""
+    message = " ".join(str(error).split())
+    if isinstance(error, _SAY_WHAT_TO_DO) and message:
+        return message
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]} …"
+    return f"{type(error).__name__}: {message or 'no message'} (not foreseen: --debug shows where it happened)"

@@ -1,0 +1,68 @@
+"""The transformers class of a checkpoint, and its modules without their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_qguard.checkpoint import CheckpointReader
+from optimum_qguard.guard.errors import QGuardError
+
+
+def model_class(reader: CheckpointReader) -> tuple[Any, Any]:
+    """The configuration, and the class that ``config.json`` names under ``architectures``.
+
+    Code that comes with a checkpoint is never run.
+
+    Raises:
+        QGuardError: no usable ``config.json``, or a class that transformers does not have.
+    """
+    import transformers
+
+    if not reader.config:
+        raise QGuardError(f"{reader.folder}: has no config.json; name the folder of a transformers model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(reader.folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise QGuardError(
+            f"{reader.folder}: config.json does not describe a model that transformers {transformers.__version__} "
+            f"knows (model_type {reader.config.get('model_type')!r}); update transformers, or correct the file"
+        ) from error
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise QGuardError(
+            f"{reader.folder}: config.json names the architecture {', '.join(names) or '(none)'}, which transformers "
+            f"{transformers.__version__} does not have; code that comes with a checkpoint is not run"
+        )
+    return config, found
+
+
+def skeleton(reader: CheckpointReader) -> Any:
+    """The model on the meta device: every module, no weights.
+
+    Raises:
+        QGuardError: see `model_class`.
+    """
+    config, found = model_class(reader)
+    with torch.device("meta"):
+        return found(config)
+
+
+def refuse_quantized(reader: CheckpointReader) -> None:
+    """Raise `QGuardError` if the checkpoint's weights are quantized already."""
+    config = reader.quantization_config
+    if config is not None:
+        raise QGuardError(
+            f"{reader.folder}: is quantized already ({config.get('quant_method', 'unknown method')}), so guard comes "
+            "too late; name its full-precision original"
+        )
+
+
+def name_and_revision(model: str | Path, reader: CheckpointReader) -> tuple[str, str | None]:
+    """What reports call the model: a folder's path, or a Hub id and the commit that was read."""
+    if Path(model).expanduser().exists():
+        return str(model), None
+    return str(model).partition("@")[0], reader.folder.name

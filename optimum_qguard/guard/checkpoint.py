@@ -1,0 +1,166 @@
+"""A full-precision checkpoint noised for a format, for people whose quantizer is not one of transformers': llama.cpp,
+above all.
+
+Where the quantizer's grid depends on the weights' extremes only, every weight is moved to one of its two neighbouring
+grid points, unbiased; the quantizer, given those, chooses exactly these symbols. Where it searches its grid (K-quants),
+Gaussian noise of the tensor's median half-width is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
+from optimum_qguard.checkpoint.atomic import atomic_write
+from optimum_qguard.guard.architecture import name_and_revision, refuse_quantized
+from optimum_qguard.guard.calibration import Progress, calibrate
+from optimum_qguard.guard.config import QGuardConfig
+from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.output import check_output, check_space, output_folder
+from optimum_qguard.guard.random import RandomStream, fresh_seed
+from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
+from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
+
+_GGUF = "gguf-"
+
+
+def guard_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> GuardReport:
+    """Write a full-precision checkpoint whose quantization to ``format`` is guarded. Peak memory is a few tensors.
+
+    The output has the input's files, names, shapes and dtypes; beside them lies ``qguard.json``, and the model card
+    has a section on what was done.
+
+    Args:
+        model: a folder, or a Hub id with optional ``@revision``.
+        out: the output folder, there whole or not at all.
+        format: one of `checkpoint_formats`.
+        overwrite: see `output_folder`.
+        progress: called after each tensor that was noised.
+        options: ``method``, ``noise``, ``multiplier`` and ``seed`` as for `QGuardConfig`.
+
+    Raises:
+        QGuardConfigError: options that make no sense, an unknown format.
+        CheckpointError: the input cannot be read or the output not written.
+        QGuardError: quantized already, or not to be guarded for this format.
+        WeightError: NaN or infinite weights.
+    """
+    if format.lower() not in checkpoint_formats() and not format.startswith(_GGUF):
+        raise unknown_format(format)
+    guarding = QGuardConfig(BitsAndBytesConfig(load_in_8bit=True), **options)
+    reader = open_checkpoint(model)
+    refuse_quantized(reader)
+    check_output(out, reader.folder, overwrite=overwrite)
+    check_space(out, reader.n_bytes)
+    targets = find_targets(reader, format)
+    noise = _Noise(guarding, reader, format)
+    tensors: list[TensorReport] = []
+
+    def randomize(name: str, tensor: Tensor) -> Tensor:
+        if name not in targets:
+            return tensor
+        target = targets[name]
+        drawn, method = noise.draw(target, target.oriented(tensor))
+        tensors.append(
+            TensorReport(
+                name=name,
+                format=str(target.format),
+                method=method,
+                amplitude=drawn.amplitude,
+                weights=target.weights,
+                share_changed=drawn.share_changed,
+                sampled=drawn.sampled,
+            )
+        )
+        if progress is not None:
+            progress(name, target.weights)
+        return target.oriented(drawn.weight)
+
+    name, revision = name_and_revision(model, reader)
+    with output_folder(out, reader.folder, overwrite=overwrite) as staging:
+        transform_checkpoint(reader, staging, randomize)
+        report = GuardReport(
+            model=name,
+            revision=revision,
+            method=guarding.method,
+            noise=guarding.noise,
+            multiplier=guarding.multiplier,
+            seed=f"{noise.seed:064x}",
+            fresh_seed=guarding.seed is None,
+            quantization_config={"format": format},
+            tensors=sorted(tensors, key=lambda tensor: tensor.name),
+        )
+        merge_card(staging, section_id="guard", markdown=_card_section(report, format), tags=TAGS)
+        atomic_write(staging / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+class _Noise:
+    """The noise of one checkpoint."""
+
+    def __init__(self, config: QGuardConfig, reader: CheckpointReader, format: str) -> None:
+        self._config = config
+        self.seed = fresh_seed() if config.seed is None else int(config.seed)
+        self._amplitude = None if isinstance(config.noise, str) else float(config.noise)
+        if config.noise == "global":
+            self._amplitude = calibrate(reader, format).global_half_width
+
+    def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method]:
+        """The randomized tensor in its own dtype, and the method that was used."""
+        method = self._config.method
+        if method == "stochastic" or (method == "auto" and not self._config.has_amplitude):
+            drawn = self._round(target, weight)
+            if drawn is not None:
+                return drawn, "stochastic"
+            if method == "stochastic":
+                raise QGuardConfigError(
+                    f"{target.name}: {target.format} does not give stochastically rounded {weight.dtype} weights back "
+                    "as they were chosen; use method 'auto' or 'gaussian'"
+                )
+        method = "gaussian" if method == "auto" else method
+        base = self._amplitude
+        if base is None:
+            base = half_width(weight, target.format, target.name)
+        amplitude = base * self._config.multiplier
+        return draw(weight, target.format, method, self._stream(target), amplitude=amplitude, name=target.name), method
+
+    def _round(self, target: Target, weight: Tensor) -> Draw | None:
+        """Stochastic rounding, or ``None`` if the quantizer would not choose the same symbols for the rounded weights:
+        its grid is not known beforehand, or the weights' dtype cannot hold the grid (bfloat16 far from zero)."""
+        if not target.format.fixed_for(weight.dtype):
+            return None
+        exact = draw(weight, target.format, "stochastic", self._stream(target), dtype=torch.float32, name=target.name)
+        stored = exact.weight.to(weight.dtype)
+        if weight.dtype != torch.float32:
+            chosen = target.format.quantize(exact.weight, target.name).block_codes
+            if not torch.equal(target.format.quantize(stored, target.name).block_codes, chosen):
+                return None
+        return replace(exact, weight=stored)
+
+    def _stream(self, target: Target) -> RandomStream:
+        return RandomStream(self.seed, target.name)
+
+
+def _card_section(report: GuardReport, format: str) -> str:
+    return (
+        f"## Guarded for quantization to {format}\n\n"
+        f"The weights of this full-precision checkpoint were randomized by optimum-qguard {report.package_version} "
+        f"({report.described_method}), so that behaviour planted for the rounding of {format} does not survive it: "
+        f"{len(report.tensors)} tensors, {report.weights:,} weights; {report.share_changed:.1%} of them left the "
+        f"quantization cell they were in. Quantize it to {format} and to nothing else. Details and seed: "
+        f"`{REPORT_FILE}`.\n"
+    )

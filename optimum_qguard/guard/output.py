@@ -1,0 +1,98 @@
+"""An output folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.checkpoint.reader import is_weight_file
+
+
+@contextlib.contextmanager
+def output_folder(out: str | Path, source: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """An empty temporary folder beside ``out`` that takes its place when the block ends without an error.
+
+    After an error nothing is left behind and ``out`` is as it was. With ``overwrite``, weight files in ``out`` that are
+    not part of the new checkpoint are deleted, since a loader might prefer them; other files stay.
+
+    Args:
+        source: the input's folder, which must not be written to.
+
+    Raises:
+        CheckpointError: see `check_output`; or no space left.
+    """
+    check_output(out, source, overwrite=overwrite)
+    final = Path(out).expanduser().resolve()
+    missing = [parent for parent in final.parents if not parent.exists()]
+    staging = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        _publish(staging, final)
+    except Exception as error:
+        if _is_no_space(error):
+            raise CheckpointError(
+                f"{out}: no space left on the disk; free some, or name a folder on another disk"
+            ) from error
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def check_output(out: str | Path, source: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder before any work is done.
+
+    Raises:
+        CheckpointError: ``out`` is a file, is not empty (without ``overwrite``), or is the input or in it.
+    """
+    final = Path(out).expanduser()
+    if final.exists() and not final.is_dir():
+        raise CheckpointError(f"{out}: is a file; name a folder to write to")
+    if final.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out}: is the input's folder or lies in it; name another folder to write to")
+    if not overwrite and final.is_dir() and any(final.iterdir()):
+        raise CheckpointError(f"{out}: exists and is not empty; name another folder, or give --overwrite")
+
+
+def check_space(out: str | Path, needed: int) -> None:
+    """Raise `CheckpointError` if the disk of ``out`` has fewer than ``needed`` bytes free."""
+    final = Path(out).expanduser().absolute()
+    existing = next(folder for folder in (final, *final.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise CheckpointError(
+            f"{out}: no space: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; "
+            "free some, or name a folder on another disk"
+        )
+
+
+def _publish(staging: Path, final: Path) -> None:
+    files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    for name in files:
+        with (staging / name).open("r+b") as file:
+            os.fsync(file.fileno())
+    if not final.exists() or not any(final.iterdir()):
+        staging.replace(final)
+        return
+    for stale in final.iterdir():
+        if is_weight_file(stale) and Path(stale.name) not in files:
+            stale.unlink()
+    for name in files:
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).replace(final / name)
+
+
+def _is_no_space(error: BaseException) -> bool:
+    # safetensors writes in Rust and reports the system's error as text.
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
