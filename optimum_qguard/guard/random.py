@@ -52,9 +52,11 @@ class RandomStream:
         return words.float().add_(32768.5).mul_(2**-16)
 
     def normal(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Standard normal numbers, float32 ``(count,)``, for elements from ``start`` (even) on: Box-Muller on pairs of
-        32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9."""
-        words = self._words(start, count + count % 2, torch.int32).to(device).float().view(-1, 2)
+        """Standard normal numbers, float32 ``(count,)``, for elements ``start`` to ``start + count``: Box-Muller on pairs
+        of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9."""
+        first = start % 2
+        pairs = (first + count + 1) // 2
+        words = self._words(start - first, 2 * pairs, torch.int32).to(device).float().view(-1, 2)
         radius = words[:, 0].add(2**31 + 128).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = words[:, 1] * (torch.pi * 2.0**-31)
-        return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[first : first + count]
