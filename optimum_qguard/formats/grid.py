@@ -123,12 +123,11 @@ class Grid:
         scale = self.scale if self.decode_scale is None else self.decode_scale
         offset = self.offset if self.decode_offset is None else self.decode_offset
         units = values if offset is None else values - offset
-        units = torch.where(scale != 0, units / scale, 0.0)
-        last = len(self.alphabet) - 1
-        units = units.clamp(self.alphabet[self.first], self.alphabet[last])
+        units = units / scale.where(scale != 0, torch.inf)
+        units = units.clamp_(float(self.alphabet[self.first]), float(self.alphabet[-1]))
         if self.is_uniform:
             units -= self.alphabet[0]
-            below = units.floor().clamp_(max=last - 1)
+            below = units.floor().clamp_(max=len(self.alphabet) - 2)
             return below.long(), units - below
         below = bucketize(units, self.alphabet[1:-1], right=True)
         return below, units.sub_(_take(self.alphabet, below)).div_(_take(self.alphabet.diff(), below))
@@ -145,7 +144,10 @@ class Grid:
         """
         if not self.is_uniform:
             below, fraction = self.neighbour_below(values)
-            return self.on_grid(below + (uniform < fraction))
+            # A mask of floats, because torch's CPU kernels for booleans take several times as long.
+            up = torch.lt(uniform, fraction, out=fraction)
+            units = _take(self.alphabet, below).lerp_(_take(self.alphabet[1:], below), up)
+            return _affine(units, self.scale, self.offset)
         scale = self.scale if self.decode_scale is None else self.decode_scale
         offset = self.offset if self.decode_offset is None else self.decode_offset
         inverse = torch.where(scale != 0, 1 / scale, 0)

@@ -127,7 +127,7 @@ def _move(
     if method == "stochastic":
         uniform = stream.uniform(start, count, device).view_as(values)
         rounded = grid.round_stochastically(values, uniform)
-        return torch.where(_sets_scale(values, grid), values, rounded)
+        return _restore_scale(rounded, values, grid)
     if amplitude is None:
         raise ValueError(f"{method} noise needs an amplitude")
     if method == "gaussian":
@@ -136,12 +136,18 @@ def _move(
     return torch.add(values, uniform.mul_(2).sub_(1), alpha=amplitude)
 
 
-def _sets_scale(values: Tensor, grid: Grid) -> Tensor:
-    """Which weights the quantizer takes a block's scale from; they stay, so that it finds the same scale again."""
+def _restore_scale(rounded: Tensor, values: Tensor, grid: Grid) -> Tensor:
+    """Put the weights that the quantizer takes a block's scale from back into ``rounded``: it must find the same scale
+    again."""
+    # Masks of floats, because torch's CPU kernels for booleans take several times as long.
     if grid.offset is None:
         magnitude = values.abs()
-        return magnitude == magnitude.amax(1, keepdim=True)
-    return (values == values.amin(1, keepdim=True)) | (values == values.amax(1, keepdim=True))
+        sets_scale = torch.eq(magnitude, magnitude.amax(1, keepdim=True), out=magnitude)
+    else:
+        least = torch.eq(values, values.amin(1, keepdim=True), out=torch.empty_like(values))
+        greatest = torch.eq(values, values.amax(1, keepdim=True), out=torch.empty_like(values))
+        sets_scale = torch.maximum(least, greatest, out=least)
+    return rounded.lerp_(values, sets_scale)
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:
