@@ -52,8 +52,8 @@ class RandomStream:
         return words.float().add_(32768.5).mul_(2**-16)
 
     def normal(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Standard normal numbers, float32 ``(count,)``, for elements ``start`` to ``start + count``: Box-Muller on pairs
-        of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9."""
+        """Standard normal numbers, float32 ``(count,)``, for elements ``start`` to ``start + count``: Box-Muller on
+        pairs of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9."""
         first = start % 2
         pairs = (first + count + 1) // 2
         words = self._words(start - first, 2 * pairs, torch.int32).to(device).float().view(-1, 2)
