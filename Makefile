@@ -5,7 +5,7 @@
 # packages more; without a GPU spare yourself those:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
-# The pinned versions need Python 3.11 or newer.
+# Python 3.10 or newer.
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2

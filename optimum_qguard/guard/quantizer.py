@@ -284,7 +284,8 @@ def _global_half_width(
     state = model.state_dict()
     found = []
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        # transformers builds models under torch.device("meta"), where a tensor made on the way would hold nothing.
+        with safe_open(file, framework="pt") as tensors, torch.device("cpu"):
             for key in tensors.keys():  # noqa: SIM118
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
                 if name in expected:
