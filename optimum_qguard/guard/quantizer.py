@@ -74,7 +74,7 @@ class Guard:
             return
         self._raise_after_loading(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self._expected = {name for name in names if self._quantizer.param_needs_quantization(model, name)}
+        self._expected = {name for name in names if self._is_quantized_on_load(model, name)}
         if self._config.noise == "global":
             files = kwargs.get("checkpoint_files")
             self._global_amplitude = _global_half_width(model, files, self._quantizer, self._expected, self._half_width)
@@ -127,7 +127,7 @@ class Guard:
             guarded = {}
             for name in list(tensors):
                 value = tensors.pop(name)
-                if self._quantizer.param_needs_quantization(model, name):
+                if self._is_quantized_on_load(model, name):
                     weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
                     value = [weight] if isinstance(value, list) else weight
                 guarded[name] = value
@@ -135,6 +135,11 @@ class Guard:
         except Exception as error:
             self._failure = error
             raise
+
+    def _is_quantized_on_load(self, model: nn.Module, name: str) -> bool:
+        if not self._quantizer.param_needs_quantization(model, name):
+            return False
+        return self._backend.quantizes(self._inner, model.get_submodule(name.rpartition(".")[0]), name)
 
     def _guard_loaded(self, model: nn.Module) -> None:
         modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)

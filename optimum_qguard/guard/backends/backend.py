@@ -53,6 +53,10 @@ class Backend(ABC):
             QGuardConfigError: with the reason.
         """
 
+    def quantizes(self, config: Any, module: nn.Module, parameter: str) -> bool:
+        """Whether the library really quantizes a parameter that transformers hands it to quantize."""
+        return True
+
     def is_transposed(self, module: nn.Module) -> bool:
         """Whether the library transposes the module's weight before it quantizes it (``Conv1D``)."""
         return False

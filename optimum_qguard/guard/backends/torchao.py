@@ -43,6 +43,12 @@ class TorchAO(Backend):
         for inner in _configs(config.quant_type):
             _format(inner)
 
+    def quantizes(self, config: Any, module: nn.Module, parameter: str) -> bool:
+        if hasattr(config.quant_type, "fqn_to_config"):
+            return _config_for(config.quant_type, parameter) is not None
+        # One configuration for all modules: torchao applies it to linear layers only.
+        return not isinstance(module, nn.Embedding)
+
     def format_of(self, config: Any, module: nn.Module, parameter: str) -> Format:
         return _format(_config_for(config.quant_type, parameter))
 
@@ -104,10 +110,12 @@ def _format(config: Any) -> Format:
 
 
 def _group_size(granularity: Any, kind: str) -> int | None:
-    name = type(granularity[-1] if isinstance(granularity, (list, tuple)) else granularity).__name__
+    if isinstance(granularity, (list, tuple)):
+        granularity = granularity[-1]
+    name = type(granularity).__name__
     if name == "PerGroup":
         return int(granularity.group_size)
-    if name in ("PerRow", "PerAxis", "PerToken"):
+    if (name == "PerRow" and granularity.dim in (-1, 1)) or (name == "PerAxis" and granularity.axis == 0):
         return -1
     if name == "PerTensor":
         return None
