@@ -78,6 +78,8 @@ def stored(module: nn.Module, format: Format, shape: torch.Size) -> tuple[Tensor
     symbols, values = _read(module, shape)
     symbols, values = symbols.reshape(shape).float(), values.reshape(shape)
     alphabet = format.grid(format.blocks(torch.ones(1, shape[-1]))).alphabet
+    if hasattr(module.weight, "zero_point") and alphabet[0] == 0:
+        symbols += len(alphabet) // 2  # torchao counts from the middle
     codes = (symbols.unsqueeze(-1) - alphabet).abs().argmin(-1)
     torch.testing.assert_close(alphabet[codes], symbols, rtol=1e-3, atol=1e-4)
     return codes, values
