@@ -35,20 +35,26 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; yields what moves it on. Without a terminal nothing is drawn."""
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, with the libraries quiet below it; yields what takes how much is done and of how much.
+
+    Until it is told, the bar shows that and how long work goes on. Without a terminal nothing is drawn.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.advance(task, done)
+    console = Console(file=sys.stderr)
+    with (
+        Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar,
+        quiet_libraries(),
+    ):
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager
@@ -58,7 +64,8 @@ def quiet_libraries() -> Iterator[None]:
 
     disabled = logging.root.manager.disable
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()

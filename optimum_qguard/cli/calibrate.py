@@ -33,25 +33,17 @@ def command(
     The checkpoint is read tensor by tensor; the model is not loaded and nothing is quantized.
     """
     from optimum_qguard.checkpoint import open_checkpoint
-    from optimum_qguard.cli._console import print_json, progress_bar, quiet_libraries
+    from optimum_qguard.cli._console import print_json, progress_bar
     from optimum_qguard.guard.architecture import refuse_quantized
     from optimum_qguard.guard.calibration import calibrate
     from optimum_qguard.guard.plots import check_plot, curve, plot_calibration
 
     if plot is not None:
         check_plot(plot)
-    with quiet_libraries():
-        reader = open_checkpoint(model)
-        refuse_quantized(reader)
-        with progress_bar(
-            f"Measuring {format}", total=sum(info.n_elements for info in reader.tensors.values())
-        ) as advance:
-            calibration = calibrate(
-                reader,
-                format,
-                samples=0 if plot is None else _SAMPLES,
-                progress=lambda _, weights: advance(weights),
-            )
+    reader = open_checkpoint(model)
+    refuse_quantized(reader)
+    with progress_bar(f"Measuring {format}") as update:
+        calibration = calibrate(reader, format, samples=0 if plot is None else _SAMPLES, progress=update)
         if plot is not None:
             plot_calibration(calibration, plot)
     if as_json:

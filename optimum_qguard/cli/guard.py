@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from optimum_qguard.guard.report import GuardReport
 
 _CALIBRATION_CHARACTERS = 2000
-_CALIBRATION_TEXTS = 64
+_CALIBRATION_TEXTS = 32
+_MOST_CALIBRATION_TEXTS = 256
 
 
 def command(
@@ -50,7 +51,6 @@ def command(
     With a gguf-… format (or the bare name of a number format) OUT is a full-precision checkpoint, randomized for people
     who quantize it with llama.cpp (or another program) themselves.
     """
-    from optimum_qguard.cli._console import progress_bar, quiet_libraries
     from optimum_qguard.guard.backends import preset_names
     from optimum_qguard.guard.targets import checkpoint_formats, unknown_format
 
@@ -61,17 +61,13 @@ def command(
         "seed": _seed(seed),
         "overwrite": overwrite,
     }
-    with quiet_libraries():
-        if format in preset_names():
-            report = _quantize(model, out, format, dtype, group_size, dataset, options)
-        elif format.startswith("gguf-") or format in checkpoint_formats():
-            _refuse_library_options(format, dtype=dtype != "auto", group_size=group_size, dataset=dataset)
-            from optimum_qguard.guard.checkpoint import guard_checkpoint
-
-            with progress_bar(f"Randomizing for {format}") as advance:
-                report = guard_checkpoint(model, out, format, progress=lambda _, weights: advance(weights), **options)
-        else:
-            raise unknown_format(format)
+    if format in preset_names():
+        report = _quantize(model, out, format, dtype, group_size, dataset, options)
+    elif format.startswith("gguf-") or format in checkpoint_formats():
+        _refuse_library_options(format, dtype=dtype != "auto", group_size=group_size, dataset=dataset)
+        report = _noise(model, out, format, options)
+    else:
+        raise unknown_format(format)
     _print(report, out, format, as_json)
 
 
@@ -96,6 +92,14 @@ def _quantize(
         )
 
 
+def _noise(model: str, out: Path, format: str, options: dict[str, Any]) -> GuardReport:
+    from optimum_qguard.cli._console import progress_bar
+    from optimum_qguard.guard.checkpoint import guard_checkpoint
+
+    with progress_bar(f"Randomizing for {format}") as update:
+        return guard_checkpoint(model, out, format, progress=update, **options)
+
+
 def _calibration_texts(dataset: Path | None) -> list[str]:
     from optimum_qguard.guard.errors import QGuardConfigError
 
@@ -116,7 +120,7 @@ def _calibration_texts(dataset: Path | None) -> list[str]:
         if not text.strip():
             raise QGuardConfigError(f"{dataset}: has no text in it")
     pieces = [text[start : start + _CALIBRATION_CHARACTERS] for start in range(0, len(text), _CALIBRATION_CHARACTERS)]
-    return pieces[:_CALIBRATION_TEXTS]
+    return pieces[:_MOST_CALIBRATION_TEXTS]
 
 
 def _refuse_library_options(format: str, **given: object) -> None:

@@ -50,7 +50,7 @@ def guard_checkpoint(
         out: the output folder, there whole or not at all.
         format: one of `checkpoint_formats`.
         overwrite: see `output_folder`.
-        progress: called after each tensor that was noised.
+        progress: called after each tensor; for ``noise="global"`` from the start again after calibrating.
         options: ``method``, ``noise``, ``multiplier`` and ``seed`` as for `QGuardConfig`.
 
     Raises:
@@ -67,7 +67,8 @@ def guard_checkpoint(
     check_output(out, reader.folder, overwrite=overwrite)
     check_space(out, reader.n_bytes)
     targets = find_targets(reader, format)
-    noise = _Noise(guarding, reader, format)
+    total = sum(target.weights for target in targets.values())
+    noise = _Noise(guarding, reader, format, progress)
     tensors: list[TensorReport] = []
 
     def randomize(name: str, tensor: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def guard_checkpoint(
             )
         )
         if progress is not None:
-            progress(name, target.weights)
+            progress(sum(tensor.weights for tensor in tensors), total)
         return target.oriented(drawn.weight)
 
     name, revision = name_and_revision(model, reader)
@@ -112,12 +113,12 @@ def guard_checkpoint(
 class _Noise:
     """The noise of one checkpoint."""
 
-    def __init__(self, config: QGuardConfig, reader: CheckpointReader, format: str) -> None:
+    def __init__(self, config: QGuardConfig, reader: CheckpointReader, format: str, progress: Progress | None) -> None:
         self._config = config
         self.seed = fresh_seed() if config.seed is None else int(config.seed)
         self._amplitude = None if isinstance(config.noise, str) else float(config.noise)
         if config.noise == "global":
-            self._amplitude = calibrate(reader, format).global_half_width
+            self._amplitude = calibrate(reader, format, progress=progress).global_half_width
 
     def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method]:
         """The randomized tensor in its own dtype, and the method that was used."""

@@ -16,7 +16,7 @@ from optimum_qguard.checkpoint.reader import CONFIG_FILE
 from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
 from optimum_qguard.guard.backends import backend_of, backends, preset
 from optimum_qguard.guard.config import QGuardConfig
-from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.output import check_output, check_space, output_folder
 from optimum_qguard.guard.report import GuardReport
 
@@ -65,12 +65,17 @@ def quantize_checkpoint(
         config.quantization_config.dataset = list(calibration_texts)
         config.quantization_config.tokenizer = str(reader.folder)
     _, found = model_class(reader)
-    loaded = found.from_pretrained(
-        reader.folder,
-        quantization_config=config,
-        dtype=dtype,
-        device_map="auto" if torch.accelerator.is_available() else "cpu",
-    )
+    try:
+        loaded = found.from_pretrained(
+            reader.folder,
+            quantization_config=config,
+            dtype=dtype,
+            device_map="auto" if torch.accelerator.is_available() else "cpu",
+        )
+    except (QGuardError, QGuardConfigError):
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise QGuardError(f"the model was not loaded: {error}") from error
     name, revision = name_and_revision(model, reader)
     report: GuardReport = loaded.qguard_report.model_copy(update={"model": name, "revision": revision})
     loaded.qguard_report = report
