@@ -9,7 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 _TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_TEXT, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256}
-_EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS = {
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 256,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "BertConfig", {**_TEXT, "vocab_size": 512}),
