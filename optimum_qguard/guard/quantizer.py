@@ -28,7 +28,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_qguard.formats import Format
+from optimum_qguard.formats import Format, WeightError
 from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
@@ -54,7 +54,7 @@ class Guard:
         self._global_amplitude: float | None = None
         self._expected: set[str] = set()
         self._tensors: dict[str, TensorReport] = {}
-        self._failure: Exception | None = None
+        self._failure: QGuardError | None = None
         if config.method == "stochastic" and (self._backend.calibrates or not self._backend.exact):
             raise QGuardConfigError(
                 f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
@@ -77,7 +77,12 @@ class Guard:
         self._expected = {name for name in names if self._is_quantized_on_load(model, name)}
         if self._config.noise == "global":
             files = kwargs.get("checkpoint_files")
-            self._global_amplitude = _global_half_width(model, files, self._quantizer, self._expected, self._half_width)
+            try:
+                self._global_amplitude = _global_half_width(
+                    model, files, self._quantizer, self._expected, self._half_width
+                )
+            except WeightError as error:
+                raise _not_loaded(error) from error
 
     def _raise_after_loading(self, model: Any) -> None:
         """Have the first failure raised by the first method that transformers calls once the weights are loaded, in
@@ -89,7 +94,7 @@ class Guard:
             if self._failure is not None:
                 for found in (loading_info.conversion_errors, loading_info.missing_keys, loading_info.unexpected_keys):
                     found.clear()
-                raise QGuardError(f"the model was not loaded: {self._failure}") from self._failure
+                raise self._failure
             proceed(loading_info)
 
         model.mark_tied_weights_as_initialized = raise_or_proceed
@@ -123,9 +128,10 @@ class Guard:
         """Randomize the tensors that the library is about to quantize, then let it."""
         if self._failure is not None:
             raise QGuardError("not loaded, because guard failed before")
+        names = list(tensors)
         try:
             guarded = {}
-            for name in list(tensors):
+            for name in names:
                 value = tensors.pop(name)
                 if self._is_quantized_on_load(model, name):
                     weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
@@ -133,7 +139,8 @@ class Guard:
                 guarded[name] = value
             return operation(guarded)
         except Exception as error:
-            self._failure = error
+            self._failure = _not_loaded(error, *names)
+            self._failure.__cause__ = error
             raise
 
     def _is_quantized_on_load(self, model: nn.Module, name: str) -> bool:
@@ -145,12 +152,15 @@ class Guard:
         modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)
         weights: dict[str, Any] = {f"{name}.weight": module.weight for name, module in modules.items()}
         self._expected = set(weights)
-        if self._config.noise == "global":
-            self._global_amplitude = median(
-                self._half_width(model, name, weight.data) for name, weight in weights.items()
-            )
-        for name, weight in weights.items():
-            weight.data = self._randomize(model, name, weight.data)
+        try:
+            if self._config.noise == "global":
+                self._global_amplitude = median(
+                    self._half_width(model, name, weight.data) for name, weight in weights.items()
+                )
+            for name, weight in weights.items():
+                weight.data = self._randomize(model, name, weight.data)
+        except WeightError as error:
+            raise _not_loaded(error) from error
 
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
@@ -258,6 +268,13 @@ def register() -> None:
         return merge(quantization_config, quantization_config_from_args)
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_unless_guarded)
+
+
+def _not_loaded(error: Exception, *names: str) -> QGuardError:
+    """What `error` says, in one line, and of which tensors if it does not say that itself."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    about = "" if not names or any(name in said for name in names) else f"{', '.join(names)}: "
+    return QGuardError(f"the model was not loaded: {about}{said}")
 
 
 def _is_quantized(model: nn.Module, name: str) -> bool:
