@@ -13,6 +13,7 @@ one, counts what it guarded, and raises at the end if any tensor that the librar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from types import MethodType
 from typing import Any
@@ -28,6 +29,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_qguard.checkpoint.errors import CheckpointError
+from optimum_qguard.checkpoint.header import read_header
 from optimum_qguard.formats import Format, WeightError
 from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
@@ -68,6 +71,7 @@ class Guard:
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Note what the library will quantize, once it has put its modules in place."""
+        _check_files(kwargs.get("checkpoint_files"))
         model.config.quantization_config = self._inner
         self._originals["preprocess_model"](model=model, **kwargs)
         if self._backend.calibrates:
@@ -284,6 +288,16 @@ def _is_quantized(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return True
     return type(parameter) is not nn.Parameter or parameter.dtype not in _FULL_PRECISION
+
+
+def _check_files(files: Sequence[str] | None) -> None:
+    """Of a truncated file transformers would say neither its name nor what to do."""
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            try:
+                read_header(Path(file))
+            except CheckpointError as error:
+                raise _not_loaded(error) from error
 
 
 def _global_half_width(
