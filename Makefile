@@ -22,7 +22,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numproces
 GPTQMODEL_NEEDS := datasets defuser device-smi jinja2 logbar ninja packaging pillow protobuf pypcre requests \
 	threadpoolctl tokenicer
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/qguard demo
@@ -39,7 +39,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for script in $(filter-out %/harness.py %/figures.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/harness.py %/random_llama.py %/figures.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+figures: $(INSTALLED)
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

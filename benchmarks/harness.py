@@ -9,6 +9,7 @@ A script measures into rows (one dictionary a row, the same keys in each) and en
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -49,12 +50,17 @@ _MEASURED_PACKAGES = (
 )
 
 
+def argument_parser(description: str, default_output: Path) -> argparse.ArgumentParser:
+    """The command line that every benchmark has: ``device`` (``"cpu"`` or ``"cuda"``) and ``output`` (a path)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
+    parser.add_argument("--output", type=Path, default=default_output, metavar="FILE", help="JSON file to write")
+    return parser
+
+
 def parse_args(description: str, default_output: Path) -> argparse.Namespace:
-    """The command line of a benchmark: ``device`` (``"cpu"`` or ``"cuda"``) and ``output`` (a path)."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=default_output, metavar="FILE")
-    return parser.parse_args()
+    """Parse the command line of a benchmark that has no options of its own."""
+    return argument_parser(description, default_output).parse_args()
 
 
 def machine() -> dict[str, object]:
@@ -145,6 +151,7 @@ def alternate(callables: Mapping[str, Callable[[], object]], repeats: int, *, wa
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for index in range(-warmup, repeats):
         for name in list(callables)[:: -1 if index % 2 else 1]:
+            gc.collect()  # what the one before left behind is not this one's
             start = time.perf_counter()
             callables[name]()
             elapsed = time.perf_counter() - start

@@ -1,0 +1,141 @@
+"""Puts the measured figures into README.md: ``<!-- figures:NAME begin -->`` gets ``results/NAME.json`` as a table.
+
+With ``--check`` nothing is written, and the exit status is 1 if the README shows anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+Rows = Sequence[Mapping[str, Any]]
+
+_SECTION = re.compile(
+    r"(?P<begin><!-- figures:(?P<name>[\w-]+) begin -->\n)(?P<body>.*?)(?P<end><!-- figures:(?P=name) end -->)",
+    re.DOTALL,
+)
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if something is out of date")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    arguments = parser.parse_args()
+    before = arguments.readme.read_text()
+    after = with_figures(before, arguments.results)
+    if not arguments.check:
+        arguments.readme.write_text(after)
+    elif before != after:
+        sys.exit(f"{arguments.readme}: the figures are not those of {arguments.results}; run: make figures")
+
+
+def with_figures(markdown: str, results: Path) -> str:
+    """``markdown`` with every marked section filled in from ``results``; where there is no result, emptied."""
+
+    def section(match: re.Match[str]) -> str:
+        file = results / f"{match['name']}.json"
+        return match["begin"] + (figures(json.loads(file.read_text())) if file.exists() else "") + match["end"]
+
+    return _SECTION.sub(section, markdown)
+
+
+def figures(result: Mapping[str, Any]) -> str:
+    """One result as Markdown: its table, and on what it was measured."""
+    machine = result["machine"]
+    hardware = [machine["cpu"], f"{machine['cores']} cores", machine["memory"], machine["gpu"]]
+    versions = [f"{package} {version}" for package, version in result["versions"].items() if package in _NAMED_VERSIONS]
+    measured = ", ".join([*filter(None, hardware), *versions])
+    table = _TABLES.get(result["name"], full_table)
+    return f"{table(result['rows'])}\nMeasured {result['date']} on {measured}.\n"
+
+
+_NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto")
+
+
+def full_table(rows: Rows) -> str:
+    """Every column as it is."""
+    return _markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def load_table(rows: Rows) -> str:
+    """Ratios first; the two sides' seconds and megabytes share a column each."""
+    head = ["model", "backend", "method", "time", "peak memory", "seconds", "peak MB"]
+    return _markdown(
+        head,
+        [
+            [
+                row["model"],
+                row["backend"],
+                row["method"],
+                f"{row['time ratio']:.2f}x",
+                f"{row['peak ratio']:.2f}x",
+                f"{row['plain s']:.2f} → {row['guarded s']:.2f}",
+                f"{row['plain peak MB']:.0f} → {row['guarded peak MB']:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def quality_table(rows: Rows) -> str:
+    """Backends down, methods across, for KL divergence and then for perplexity."""
+    quantized = [row for row in rows if row["method"]]
+    reference = next(row for row in rows if not row["method"])
+    methods = list(dict.fromkeys(row["method"] for row in quantized))
+    backends = list(dict.fromkeys(row["backend"] for row in quantized))
+    by_cell = {(row["backend"], row["method"]): row for row in quantized}
+
+    def pivot(cell: Callable[[Mapping[str, Any]], str]) -> str:
+        body = [
+            [
+                backend,
+                *(cell(by_cell[backend, method]) if (backend, method) in by_cell else "" for method in methods),
+            ]
+            for backend in backends
+        ]
+        return _markdown(["backend", *methods], body)
+
+    def divergence(row: Mapping[str, Any]) -> str:
+        times = "" if row["KL / plain KL"] in (None, 1) else f" ({row['KL / plain KL']:.1f}x)"
+        return _with_deviation(row["KL"], row["KL sd"]) + times
+
+    return (
+        f"KL divergence to full precision, nats per token, and its ratio to plain quantization's "
+        f"({reference['model']}, {reference['tokens']} tokens):\n\n{pivot(divergence)}\n"
+        f"Perplexity (full precision: {reference['perplexity']:.2f}):\n\n"
+        f"{pivot(lambda row: _with_deviation(row['perplexity'], row['perplexity sd']))}"
+    )
+
+
+_TABLES: Mapping[str, Callable[[Rows], str]] = {"guard_load": load_table, "guard_quality": quality_table}
+
+
+def _with_deviation(mean: float, deviation: float | None) -> str:
+    """Mean and standard deviation with the decimals that show three digits of the mean."""
+    decimals = next((decimals for decimals in range(5) if abs(mean) >= 10 ** (2 - decimals)), 5)
+    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in body)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _text(cell: object) -> str:
+    text = "" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""README's figures are those of the result files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import figures
+import harness
+import pytest
+
+README = """# Title
+<!-- figures:guard_load begin -->
+old
+<!-- figures:guard_load end -->
+between
+<!-- figures:not_measured begin -->
+<!-- figures:not_measured end -->
+"""
+LOAD = {
+    "model": "Llama-1B",
+    "backend": "bnb-int8",
+    "method": "stochastic",
+    "plain s": 10.0,
+    "guarded s": 11.234,
+    "time ratio": 1.1234,
+    "plain peak MB": 3000.4,
+    "guarded peak MB": 3050.0,
+    "peak ratio": 1.0165,
+    "reading s": 0.5,
+    "quantizer s": 8.0,
+}
+
+
+def quality(
+    backend: str, method: str, divergence: float, ratio: float | None, deviation: float | None
+) -> dict[str, Any]:
+    return {
+        "model": "SmolLM2",
+        "tokens": 2048,
+        "device": "cpu",
+        "backend": backend,
+        "method": method,
+        "seeds": 3,
+        "perplexity": 20.123,
+        "perplexity sd": deviation,
+        "KL": divergence,
+        "KL sd": deviation,
+        "KL / plain KL": ratio,
+        "changed": 0.39,
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text(README)
+    harness.write("guard_load", [LOAD], tmp_path / "results" / "guard_load.json")
+    return tmp_path
+
+
+def run(project: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    readme, results = str(project / "README.md"), str(project / "results")
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--readme", readme, "--results", results, *options])
+    figures.main()
+
+
+def test_a_marked_section_is_replaced_and_nothing_else(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(project, monkeypatch)
+    written = (project / "README.md").read_text()
+    assert "old" not in written
+    assert "| Llama-1B | bnb-int8 | stochastic | 1.12x | 1.02x | 10.00 → 11.23 | 3000 → 3050 |\n" in written
+    assert f"Measured {json.loads((project / 'results/guard_load.json').read_text())['date']} on " in written
+    assert written.startswith("# Title\n<!-- figures:guard_load begin -->\n|")
+    assert written.endswith("between\n<!-- figures:not_measured begin -->\n<!-- figures:not_measured end -->\n")
+    run(project, monkeypatch)
+    assert (project / "README.md").read_text() == written
+
+
+def test_check_fails_on_a_stale_figure_and_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="make figures"):
+        run(project, monkeypatch, "--check")
+    assert (project / "README.md").read_text() == README
+    run(project, monkeypatch)
+    run(project, monkeypatch, "--check")
+    harness.write("guard_load", [{**LOAD, "time ratio": 1.2}], project / "results" / "guard_load.json")
+    with pytest.raises(SystemExit):
+        run(project, monkeypatch, "--check")
+
+
+def test_text_without_markers_stays(tmp_path: Path) -> None:
+    assert figures.with_figures("no figures here\n", tmp_path) == "no figures here\n"
+
+
+def test_quality_is_shown_by_backend_and_method() -> None:
+    table = figures.quality_table(
+        [
+            quality("full precision", "", 0.0, None, None),
+            quality("bnb-int8", "plain", 0.00401, 1.0, None),
+            quality("bnb-int8", "stochastic", 0.00812, 2.025, 0.0001),
+            quality("quanto-int4", "plain", 0.311, 1.0, None),
+        ]
+    )
+    assert "| backend | plain | stochastic |\n| --- | --- | --- |\n" in table
+    assert "| bnb-int8 | 0.00401 | 0.00812 ± 0.00010 (2.0x) |\n| quanto-int4 | 0.311 |  |\n" in table
+    assert "| bnb-int8 | 20.1 | 20.1 ± 0.0 |\n" in table
+    assert "full precision: 20.12" in table
+
+
+def test_any_other_result_is_shown_whole() -> None:
+    assert figures.full_table([{"a": 1.23456, "b|c": "x|y", "d": None}]) == (
+        "| a | b|c | d |\n| --- | --- | --- |\n| 1.23 | x\\|y |  |\n"
+    )
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    text = figures.README.read_text()
+    assert figures.with_figures(text, figures.RESULTS) == text, "run: make figures"
