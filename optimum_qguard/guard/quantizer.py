@@ -13,9 +13,9 @@ one, counts what it guarded, and raises at the end if any tensor that the librar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import MethodType
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ class Guard:
                 "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
             )
         model.qguard_report = self._report(model)
-        model.save_pretrained = MethodType(save_with_report, model)
+        # Not a method of the instance: that would be looked up by name when the model is unpickled.
+        model.save_pretrained = partial(save_with_report, model)
 
     def convert(self, tensors: dict[str, Any], model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> Any:
         """Randomize the tensors that the library is about to quantize, then let it."""
