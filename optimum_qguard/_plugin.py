@@ -7,6 +7,7 @@ times as slow as ``import transformers``; so the registration waits until somebo
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -18,9 +19,8 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    from optimum_qguard.guard.quantizer import register
-
-    register()
+    # Registers when it is imported. If that import is what has imported the target, it goes on and registers then.
+    importlib.import_module("optimum_qguard.guard.quantizer")
 
 
 class _RegisterAfter(Loader):
@@ -34,6 +34,7 @@ class _RegisterAfter(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
+        module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         _register()
