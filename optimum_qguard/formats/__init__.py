@@ -27,11 +27,13 @@ from optimum_qguard.formats.format import (
     register,
 )
 from optimum_qguard.formats.grid import Grid, midpoint_edges, weighted_median
+from optimum_qguard.formats.scratch import Scratch
 
 __all__ = [
     "Format",
     "Grid",
     "Quantized",
+    "Scratch",
     "WeightError",
     "block_ranges",
     "check_finite",

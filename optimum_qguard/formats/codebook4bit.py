@@ -86,9 +86,9 @@ class Codebook4Bit(Format):
         alphabet = torch.tensor(_NF4 if self.quant_type == "nf4" else _FP4, device=blocks.device)
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
         absmax = torch.maximum(-low, high).float()
-        grid = Grid(alphabet, midpoint_edges(alphabet), absmax)
+        grid = Grid(alphabet, midpoint_edges(alphabet), absmax, keeps_extremes=True)
         if self.double_quant and len(blocks):
-            return replace(grid, decode_scale=_nested(absmax))
+            return replace(grid, decode_scale=_nested(absmax), keeps_extremes=False)
         return grid
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:

@@ -18,7 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optimum_qguard.formats.buckets import bucketize
+from optimum_qguard.formats.buckets import bucketize, neighbours
+from optimum_qguard.formats.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Grid:
         first: index of the least symbol that unbiased rounding may choose. Where a block's extreme value lies half a
             step short of the last symbol (symmetric grids of an even number of integers), a weight on that symbol would
             be the new extreme and change the scale.
+        keeps_extremes: whether a block's extreme value is, to the last bit, the value of an end symbol, so that
+            unbiased rounding leaves it where it is and the quantizer finds the same scale again.
     """
 
     alphabet: Tensor
@@ -46,6 +49,7 @@ class Grid:
     decode_scale: Tensor | None = None
     decode_offset: Tensor | None = None
     first: int = 0
+    keeps_extremes: bool = False
 
     def __getitem__(self, blocks: slice) -> Grid:
         """The grid of a range of blocks (views, no copies)."""
@@ -132,31 +136,38 @@ class Grid:
         below = bucketize(units, self.alphabet[1:-1], right=True)
         return below, units.sub_(_take(self.alphabet, below)).div_(_take(self.alphabet.diff(), below))
 
-    def round_stochastically(self, values: Tensor, uniform: Tensor) -> Tensor:
+    def round_stochastically(self, values: Tensor, uniform: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Round each value to one of its two neighbouring symbols so that the decoded result has the value as its mean.
 
         Args:
             values: ``(n_blocks, block_size)`` float32.
-            uniform: independent uniform numbers on (0, 1), same shape.
+            uniform: independent uniform numbers on (0, 1), same shape; overwritten.
+            scratch: for temporaries, and perhaps the result.
 
         Returns:
             Values (float32) that the quantizer, given the same scales, encodes to exactly the chosen symbols.
         """
-        if not self.is_uniform:
-            below, fraction = self.neighbour_below(values)
-            # A mask of floats, because torch's CPU kernels for booleans take several times as long.
-            up = torch.lt(uniform, fraction, out=fraction)
-            units = _take(self.alphabet, below).lerp_(_take(self.alphabet[1:], below), up)
-            return _affine(units, self.scale, self.offset)
         scale = self.scale if self.decode_scale is None else self.decode_scale
         offset = self.offset if self.decode_offset is None else self.decode_offset
         inverse = torch.where(scale != 0, 1 / scale, 0)
-        if offset is None:
-            units = torch.addcmul(uniform, values, inverse)
-        else:
-            units = torch.addcmul(uniform, values - offset, inverse)
-        units = units.floor_().clamp_(float(self.alphabet[self.first]), float(self.alphabet[-1])).mul_(self.scale)
-        return units if self.offset is None else units.add_(self.offset)
+        low, high = float(self.alphabet[self.first]), float(self.alphabet[-1])
+        scratch = scratch or Scratch()
+        shifted = values if offset is None else torch.sub(values, offset, out=scratch.like(values, "shifted"))
+        if self.is_uniform:
+            return _affine(uniform.addcmul_(shifted, inverse).floor_().clamp_(low, high), self.scale, self.offset)
+        units = torch.mul(shifted, inverse, out=scratch.like(values, "units")).clamp_(low, high)
+        near = neighbours(units, self.alphabet, scratch)
+        if near is None:
+            below = torch.bucketize(units, self.alphabet[1:-1], right=True)
+            near = self.alphabet[below], self.alphabet[below + 1], self.alphabet[below + 1]
+        first, second, third = near
+        # Up to the second symbol where the value exceeds a random point on the way there; then likewise to the third.
+        # Masks are of floats, because torch's CPU kernels for booleans take several times as long.
+        point = torch.lerp(first, second, uniform, out=scratch.like(values, "point"))
+        chosen = first.lerp_(second, torch.ge(units, point, out=point))
+        torch.lerp(second, third, uniform, out=point)
+        chosen.lerp_(third, torch.ge(units, point, out=point))
+        return _affine(chosen, self.scale, self.offset)
 
     def on_grid(self, codes: Tensor) -> Tensor:
         """Values that the quantizer, given the same scales, encodes to exactly ``codes``; float32."""
@@ -172,8 +183,9 @@ def _take(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _affine(units: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    values = units * scale
-    return values if offset is None else values + offset
+    """In place."""
+    units *= scale
+    return units if offset is None else units.add_(offset)
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Int8Rowwise(Format):
         alphabet = torch.arange(-127.0, 128.0, device=blocks.device)
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
         absmax = torch.maximum(-low, high).to(torch.float16).float()
-        return Grid(alphabet, midpoint_edges(alphabet), absmax / 127)
+        return Grid(alphabet, midpoint_edges(alphabet), absmax / 127, keeps_extremes=True)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         absmax = (grid.scale * 127).to(torch.float16).float()  # a float16 number, so this gives it back exactly

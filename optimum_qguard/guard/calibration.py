@@ -20,7 +20,7 @@ from optimum_qguard.formats import Format
 from optimum_qguard.guard.noise import half_width
 from optimum_qguard.guard.targets import Target, find_targets
 
-_SAMPLED_COLUMNS = 4096
+_SAMPLED_PER_BLOCK = 32
 _MANY_SYMBOLS = 128
 
 
@@ -153,7 +153,7 @@ def _sample(weight: Tensor, target: Target, every: int) -> tuple[float, tuple[Te
     format: Format = target.format
     quantized = format.quantize(weight, target.name)
     grid, codes, blocks = quantized.grid, quantized.block_codes, format.blocks(weight)
-    columns = min(every, -(-blocks.shape[1] // _SAMPLED_COLUMNS))
+    columns = min(every, max(1, blocks.shape[1] // _SAMPLED_PER_BLOCK))
     rows = max(1, every // columns)
     chosen = slice(rows // 2 if rows < len(blocks) else 0, None, rows)
     grid, codes, values = grid[chosen], codes[chosen, ::columns], blocks[chosen, ::columns].float()

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimum_qguard.formats import Format, Grid, WeightError, block_ranges, check_finite
+from optimum_qguard.formats import Format, Grid, Scratch, WeightError, block_ranges, check_finite
 from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
 
-_SAMPLED_WEIGHTS = 1 << 16
+_SAMPLED_WEIGHTS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Draw:
         amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; for
             stochastic rounding ``None``, the grid decides.
         share_changed: share of weights that left the cell they were in.
-        sampled: how many weights, evenly spread over the tensor, ``share_changed`` was counted on.
+        sampled: how many weights, from the middle of the tensor, ``share_changed`` was counted on.
     """
 
     weight: Tensor
@@ -72,6 +72,7 @@ def draw(
     amplitude: float | None = None,
     dtype: torch.dtype | None = None,
     name: str = "tensor",
+    scratch: Scratch | None = None,
 ) -> Draw:
     """Randomize one tensor, in pieces that stay in the cache; the only tensor-sized memory it takes is the result.
 
@@ -82,6 +83,7 @@ def draw(
         amplitude: of gaussian or uniform noise, in the weight's units.
         dtype: of the result; the weight's own by default.
         name: what errors call the tensor.
+        scratch: buffers to use; give the same for each tensor of a model.
 
     Raises:
         WeightError: NaN or infinite weights.
@@ -98,54 +100,51 @@ def draw(
     if weight.numel():
         grid = format.grid(blocks)
         _check(grid, weight, name)
+        scratch = scratch or Scratch()
         ranges = list(block_ranges(blocks))
-        every, per_range = _sampling(len(ranges), ranges[0].stop, blocks.shape[1])
         for index, part in enumerate(ranges):
             piece = grid[part]
-            values = blocks[part].float()
-            moved = _move(values, piece, method, stream, part.start * blocks.shape[1], amplitude)
-            result[part] = moved
-            if index % every == 0:
-                sample = slice(0, per_range)
-                changed += _count_changed(format, piece[sample], blocks[part][sample], result[part][sample])
-                sampled += values[sample].numel()
+            values = scratch.like(blocks[part], "values").copy_(blocks[part])
+            result[part] = _move(values, piece, method, stream, part.start * blocks.shape[1], amplitude, scratch)
+            if index == len(ranges) // 2:
+                sample = slice(None, None, max(1, values.numel() // _SAMPLED_WEIGHTS))
+                changed = _count_changed(format, piece[sample], blocks[part][sample], result[part][sample])
+                sampled = blocks[part][sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
 
 
-def _sampling(ranges: int, blocks_per_range: int, block_size: int) -> tuple[int, int]:
-    """Every how many ranges, and on how many blocks of those, to count changed symbols."""
-    blocks = max(1, _SAMPLED_WEIGHTS // block_size)
-    every = max(1, ranges // blocks)
-    return every, max(1, min(blocks_per_range, blocks * every // ranges))
-
-
 def _move(
-    values: Tensor, grid: Grid, method: Method, stream: RandomStream, start: int, amplitude: float | None
+    values: Tensor,
+    grid: Grid,
+    method: Method,
+    stream: RandomStream,
+    start: int,
+    amplitude: float | None,
+    scratch: Scratch,
 ) -> Tensor:
-    count, device = values.numel(), values.device
     if method == "stochastic":
-        uniform = stream.uniform(start, count, device).view_as(values)
-        rounded = grid.round_stochastically(values, uniform)
-        return _restore_scale(rounded, values, grid)
+        uniform = stream.uniform(start, scratch.like(values, "uniform"))
+        rounded = grid.round_stochastically(values, uniform, scratch)
+        return rounded if grid.keeps_extremes else _restore_scale(rounded, values, grid, scratch)
     if amplitude is None:
         raise ValueError(f"{method} noise needs an amplitude")
     if method == "gaussian":
-        return torch.add(values, stream.normal(start, count, device).view_as(values), alpha=amplitude)
-    uniform = stream.uniform(start, count, device).view_as(values)
-    return torch.add(values, uniform.mul_(2).sub_(1), alpha=amplitude)
+        return values.add_(stream.normal(start, scratch.like(values, "normal")), alpha=amplitude)
+    uniform = stream.uniform(start, scratch.like(values, "uniform"))
+    return values.add_(uniform.mul_(2).sub_(1), alpha=amplitude)
 
 
-def _restore_scale(rounded: Tensor, values: Tensor, grid: Grid) -> Tensor:
+def _restore_scale(rounded: Tensor, values: Tensor, grid: Grid, scratch: Scratch) -> Tensor:
     """Put the weights that the quantizer takes a block's scale from back into ``rounded``: it must find the same scale
     again."""
     # Masks of floats, because torch's CPU kernels for booleans take several times as long.
     if grid.offset is None:
-        magnitude = values.abs()
+        magnitude = torch.abs(values, out=scratch.like(values, "magnitude"))
         sets_scale = torch.eq(magnitude, magnitude.amax(1, keepdim=True), out=magnitude)
     else:
-        least = torch.eq(values, values.amin(1, keepdim=True), out=torch.empty_like(values))
-        greatest = torch.eq(values, values.amax(1, keepdim=True), out=torch.empty_like(values))
+        least = torch.eq(values, values.amin(1, keepdim=True), out=scratch.like(values, "least"))
+        greatest = torch.eq(values, values.amax(1, keepdim=True), out=scratch.like(values, "greatest"))
         sets_scale = torch.maximum(least, greatest, out=least)
     return rounded.lerp_(values, sets_scale)
 

@@ -110,12 +110,12 @@ def _half_widths(axes: Axes, calibration: Calibration) -> None:
     low, first, middle, third, high = quartiles(widths)
     edges = torch.logspace(math.log10(low * 0.97), math.log10(high * 1.03), 41).tolist()
     axes.hist(widths, edges, color=_BLUE, alpha=0.85)
-    _log_scale(axes)
     axes.axvspan(first, third, color=_BLUE, alpha=0.12, lw=0, label=f"quartiles {first:.2e} to {third:.2e}")
     axes.axvline(middle, color=_RED, lw=2, label=rf"median $\hat\sigma$ = {middle:.2e}")
     axes.set_title(f"Half-widths of {len(widths)} tensors in {calibration.format}")
     axes.set_xlabel("median half-width h of a tensor's quantization cells")
     axes.set_ylabel("number of tensors")
+    _log_scale(axes)
     axes.legend(loc="best")
 
 
@@ -130,11 +130,11 @@ def _s_curve(axes: Axes, calibration: Calibration) -> None:
         axes.plot(shares["sigma"], expected, color=_ORANGE, lw=1.5, ls=(0, (4, 4)), label="closed form")
     axes.axvline(sigma, color=_RED, lw=1)
     axes.plot([sigma], [100 * at_sigma], "o", color=_RED, label=rf"$\hat\sigma$ = {sigma:.2e}: {at_sigma:.1%} change")
-    _log_scale(axes)
     axes.set_ylim(0, 100)
     axes.set_title(f"Symbols changed by Gaussian noise in {calibration.format}")
     axes.set_xlabel(r"standard deviation $\sigma$ of the noise")
     axes.set_ylabel("weights whose symbol changes (%)")
+    _log_scale(axes)
     axes.legend(loc="upper left")
 
 
@@ -142,6 +142,7 @@ def _log_scale(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

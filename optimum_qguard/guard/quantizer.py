@@ -31,7 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import read_header
-from optimum_qguard.formats import Format, WeightError
+from optimum_qguard.formats import Format, Scratch, WeightError
 from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
@@ -55,6 +55,7 @@ class Guard:
         self._quantizer = quantizer
         self._seed = fresh_seed() if config.seed is None else int(config.seed)
         self._global_amplitude: float | None = None
+        self._scratch = Scratch()
         self._expected: set[str] = set()
         self._tensors: dict[str, TensorReport] = {}
         self._failure: QGuardError | None = None
@@ -114,6 +115,8 @@ class Guard:
         if self._backend.calibrates:
             self._guard_loaded(model)
         self._quantizer.postprocess_model(model, **kwargs)
+        if self._backend.calibrates:
+            self._backend.forget_samples(self._quantizer, model)
         missed = sorted(name for name in self._expected - self._tensors.keys() if _is_quantized(model, name))
         if missed:
             raise QGuardError(
@@ -138,7 +141,7 @@ class Guard:
             guarded = {}
             for name in names:
                 value = tensors.pop(name)
-                if self._is_quantized_on_load(model, name):
+                if name in self._expected:
                     weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
                     value = [weight] if isinstance(value, list) else weight
                 guarded[name] = value
@@ -176,10 +179,11 @@ class Guard:
             weight,
             format,
             method,
-            RandomStream(self._seed, name),
+            RandomStream(self._seed, name, self._scratch),
             amplitude=amplitude,
             dtype=self._backend.handover_dtype(self._inner, weight),
             name=name,
+            scratch=self._scratch,
         )
         self._tensors[name] = TensorReport(
             name=name,

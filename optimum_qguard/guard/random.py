@@ -14,9 +14,12 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from optimum_qguard.formats import Scratch
+
 SEED_BYTES = 32
 _DOMAIN = b"optimum-qguard noise 1\0"
 _AES_BLOCK = 16
+_ZEROS = memoryview(bytes(1 << 21))
 
 
 def fresh_seed() -> int:
@@ -30,33 +33,42 @@ class RandomStream:
     Args:
         seed: an integer below 2**256.
         name: the tensor's full parameter name.
+        scratch: buffers that may be used.
     """
 
-    def __init__(self, seed: int, name: str) -> None:
+    def __init__(self, seed: int, name: str, scratch: Scratch | None = None) -> None:
         self._key = hashlib.sha256(_DOMAIN + seed.to_bytes(SEED_BYTES, "big") + name.encode()).digest()
+        self._scratch = scratch or Scratch()
 
     def _words(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Valid until the next call, which reuses the buffer."""
         block, skip = divmod(start * dtype.itemsize, _AES_BLOCK)
         size = skip + count * dtype.itemsize
-        output = bytearray(size + _AES_BLOCK - 1)
+        buffer = self._scratch.bytes(size + _AES_BLOCK - 1)
         cipher = Cipher(algorithms.AES(self._key), modes.CTR(block.to_bytes(_AES_BLOCK, "big")))
-        cipher.encryptor().update_into(bytes(size), output)
-        return torch.frombuffer(output, dtype=dtype, count=count, offset=skip)
+        zeros = _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
+        cipher.encryptor().update_into(zeros, buffer)
+        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=skip)
 
-    def uniform(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Uniform numbers on (0, 1), float32 ``(count,)``, for elements ``start`` to ``start + count`` of the tensor.
+    def uniform(self, start: int, out: Tensor) -> Tensor:
+        """Fill ``out`` (contiguous float32) with uniform numbers on (0, 1), for elements from ``start`` on; return it.
 
         They are the centres of 2**16 equal intervals, so a probability is realised to within 2**-17.
         """
-        words = self._words(start, count, torch.int16).to(device)
-        return words.float().add_(32768.5).mul_(2**-16)
+        words = self._words(start, out.numel(), torch.int16).to(out.device)
+        torch.add(words, 32768.5, out=out.view(-1)).mul_(2**-16)
+        return out
 
-    def normal(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Standard normal numbers, float32 ``(count,)``, for elements ``start`` to ``start + count``: Box-Muller on
-        pairs of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9."""
-        first = start % 2
+    def normal(self, start: int, out: Tensor) -> Tensor:
+        """Fill ``out`` (contiguous float32) with standard normal numbers, for elements from ``start`` on; return it.
+
+        Box-Muller on pairs of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9.
+        """
+        first, count = start % 2, out.numel()
         pairs = (first + count + 1) // 2
-        words = self._words(start - first, 2 * pairs, torch.int32).to(device).float().view(-1, 2)
+        words = self._words(start - first, 2 * pairs, torch.int32).to(out.device).float().view(-1, 2)
         radius = words[:, 0].add(2**31 + 128).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = words[:, 1] * (torch.pi * 2.0**-31)
-        return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[first : first + count]
+        both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
+        out.view(-1).copy_(both[first : first + count])
+        return out

@@ -124,7 +124,7 @@ def test_stochastic_rounding_chooses_neighbours_with_their_probability(
     grid = format.grid(blocks)
     uniform = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(seed)).clamp(0.01, 0.99)
     below, fraction = grid.neighbour_below(blocks)
-    rounded = grid.round_stochastically(blocks, uniform)
+    rounded = grid.round_stochastically(blocks, uniform.clone())
     # Which of u and 1 - u decides is the grid's business; near-ties are rounding's.
     down, up = grid.on_grid(below), grid.on_grid(below + 1)
     tolerance = 1e-5 * blocks.abs().amax(-1, keepdim=True) + 1e-10
