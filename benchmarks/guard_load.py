@@ -71,7 +71,7 @@ def measure(path: Path, backend: str, device: str, repeats: int, *, warm_up_with
     """
     warm_up(warm_up_with, backend, device)
     read = read_seconds(path)
-    methods = set()
+    methods: set[str] = set()
 
     def guarded() -> None:
         model = load(path, backend, device, guarded=True)
