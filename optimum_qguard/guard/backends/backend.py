@@ -68,3 +68,6 @@ class Backend(ABC):
     def modules_to_calibrate(self, config: Any, quantizer: Any, model: nn.Module) -> dict[str, nn.Module]:
         """For a library that calibrates: the modules it will quantize, by name."""
         raise NotImplementedError
+
+    def forget_samples(self, quantizer: Any, model: nn.Module) -> None:
+        """For a library that calibrates: drop the samples that saving the model would write into its configuration."""

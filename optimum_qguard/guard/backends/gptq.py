@@ -40,5 +40,12 @@ class GPTQModel(Backend):
             if names is None or name in names
         }
 
+    def forget_samples(self, quantizer: Any, model: nn.Module) -> None:
+        # The name of a public data set may be known; texts are the user's, and tensors could not be written at all.
+        config: Any = model.config
+        for holder in (config.quantization_config, quantizer.optimum_quantizer):
+            if not isinstance(holder.dataset, str):
+                holder.dataset = None
+
 
 backend = GPTQModel()
