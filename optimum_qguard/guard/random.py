@@ -62,12 +62,13 @@ class RandomStream:
     def normal(self, start: int, out: Tensor) -> Tensor:
         """Fill ``out`` (contiguous float32) with standard normal numbers, for elements from ``start`` on; return it.
 
-        Box-Muller on pairs of 32-bit words. The smallest radius variable is 2**-25, so no number is beyond 5.9.
+        Box-Muller on pairs of 32-bit words. The smallest radius variable is 2**-24, so no number is beyond 5.8.
         """
         first, count = start % 2, out.numel()
         pairs = (first + count + 1) // 2
         words = self._words(start - first, 2 * pairs, torch.int32).to(out.device).float().view(-1, 2)
-        radius = words[:, 0].add(2**31 + 128).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        # 256, because float32 has no number between 2**31 and 2**31 + 256, and the logarithm of zero is infinite.
+        radius = words[:, 0].add(2**31 + 256).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = words[:, 1] * (torch.pi * 2.0**-31)
         both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
         out.view(-1).copy_(both[first : first + count])
