@@ -12,9 +12,8 @@ import transformers
 from libraries import library_config, library_format
 from loaded import assert_guarded_exactly, quantized_tensors
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from tiny_models import CONFIGS, save_tokenizer, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from optimum_qguard import QGuardConfig, QGuardInt8Config, QGuardNF4Config
 from optimum_qguard.guard.errors import QGuardConfigError
@@ -213,9 +212,7 @@ def test_half_widths_follow_the_transposed_weight(saved: Saved) -> None:
 @pytest.fixture
 def with_tokenizer(tmp_path: Path) -> Path:
     tiny_model("llama").save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(512)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     return tmp_path
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 
+import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 
-CPU = torch.device("cpu")
 N = 1 << 20
 # Kolmogorov's distribution: 1.95 / sqrt(n) is exceeded once in a thousand seeds, and these seeds are fixed.
 KS_BOUND = 1.95 / math.sqrt(N)
@@ -69,6 +69,14 @@ def test_a_slice_is_the_slice_of_the_whole(start: int, count: int, seed: int, na
     assert torch.equal(
         stream.normal(start, torch.empty(count)), stream.normal(0, torch.empty(1000))[start : start + count]
     )
+
+
+@pytest.mark.parametrize("word", [-(2**31), -(2**31) + 64, -(2**31) + 65, -1, 0, 2**31 - 64, 2**31 - 1])
+def test_every_word_gives_a_number(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One word in 66 million rounds to the end of its range: a large model meets some."""
+    words = torch.full((64,), word, dtype=torch.int32)
+    monkeypatch.setattr(RandomStream, "_words", lambda *_: words)
+    assert RandomStream(1, "weight").normal(0, torch.empty(64)).abs().max() < 6
 
 
 def test_far_positions_have_bits_of_their_own() -> None:

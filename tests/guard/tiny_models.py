@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_TEXT, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256}
@@ -45,3 +46,12 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **options: Any) ->
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     tiny_model(name, dtype, **options).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are w0 to w511."""
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(512)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2")
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -1,0 +1,170 @@
+"""GPTQ through gptqmodel: noise before its calibration.
+
+float32 throughout: gptqmodel's BF16 kernels for CPUs repack a model when it first runs, and it cannot be saved then.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_tiny, save_tokenizer
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+from optimum_qguard import GuardReport, QGuardError, QGuardGPTQConfig
+from optimum_qguard.formats import get_format
+from optimum_qguard.formats.gptq import GPTQ
+from optimum_qguard.guard.noise import draw, half_width
+from optimum_qguard.guard.random import RandomStream
+
+pytest.importorskip("gptqmodel")
+pytestmark = pytest.mark.slow
+
+GROUP = 32
+TOKENS = torch.arange(3, 35).unsqueeze(0)
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 512, (1, 64), generator=generator) for _ in range(2)]
+    return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens]
+
+
+def load(folder: Path, config: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny("llama", tmp_path_factory.mktemp("gptq") / "model", intermediate_size=128)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(folder: Path) -> Any:
+    return load(folder, QGuardGPTQConfig(bits=4, group_size=GROUP, dataset=samples(), seed=3))
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    return load(folder, GPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
+
+
+def quantized(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+
+
+def test_every_quantized_layer_is_in_the_report(guarded: Any) -> None:
+    names = {tensor.name.removesuffix(".weight") for tensor in guarded.qguard_report.tensors}
+    assert names == quantized(guarded).keys()
+    assert len(names) == 14
+    assert {tensor.method for tensor in guarded.qguard_report.tensors} == {"gaussian"}
+
+
+def test_amplitudes_are_the_median_half_widths_of_the_group_grid(guarded: Any, folder: Path) -> None:
+    full = load_file(folder / "model.safetensors")
+    for tensor in guarded.qguard_report.tensors:
+        assert tensor.format == str(GPTQ(4, GROUP, True))
+        assert tensor.amplitude == pytest.approx(half_width(full[tensor.name], GPTQ(4, GROUP), "w"), rel=1e-5)
+        assert 0.3 < tensor.share_changed < 0.45
+
+
+def test_gptq_calibrates_on_exactly_the_noised_weights(guarded: Any, folder: Path, tmp_path: Path) -> None:
+    """Noise the checkpoint by hand, quantize it without guard: the same weights come out."""
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    report = guarded.qguard_report
+    for tensor in report.tensors:
+        weight = full.get_parameter(tensor.name).data
+        stream = RandomStream(int(report.seed, 16), tensor.name)
+        weight.copy_(draw(weight, get_format("gptq-4"), "gaussian", stream, amplitude=tensor.amplitude).weight)
+    full.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    by_hand = load(tmp_path, GPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
+    for name, module in quantized(guarded).items():
+        for buffer in ("qweight", "qzeros", "scales"):
+            assert torch.equal(getattr(module, buffer), getattr(by_hand.get_submodule(name), buffer)), name
+
+
+def test_guarded_weights_are_others(guarded: Any, plain: Any) -> None:
+    for name, module in quantized(plain).items():
+        assert not torch.equal(module.qweight, guarded.get_submodule(name).qweight)
+    assert type(guarded.hf_quantizer) is type(plain.hf_quantizer)
+    assert guarded.hf_quantizer.postprocess_model.__func__ is type(plain.hf_quantizer).postprocess_model
+
+
+WITHOUT_THE_PACKAGE = """
+import sys, torch
+sys.modules["optimum_qguard"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model(torch.arange(3, 35).unsqueeze(0)).logits, sys.argv[2])
+"""
+
+
+def test_saved_and_loaded_without_this_package(guarded: Any, tmp_path: Path) -> None:
+    expected = logits(guarded)
+    guarded.save_pretrained(tmp_path)
+    report = GuardReport.model_validate_json((tmp_path / "qguard.json").read_text())
+    assert report == guarded.qguard_report
+    assert "qguard" not in (tmp_path / "config.json").read_text()
+    assert '"dataset": null' in (tmp_path / "config.json").read_text()
+    program = [sys.executable, "-c", WITHOUT_THE_PACKAGE, tmp_path, tmp_path / "logits.pt"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_auto_gptqs_format(folder: Path, tmp_path: Path) -> None:
+    """What auto-gptq wrote, gptqmodel and transformers read: zero points of version 1 and quantize_config.json."""
+    from gptqmodel import GPTQModel
+
+    model = load(folder, QGuardGPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
+    expected = logits(model)
+    optimum = model.hf_quantizer.optimum_quantizer
+    model.config.quantization_config.format = "gptq"
+    optimum.save(model, tmp_path)
+    model.qguard_report.write(tmp_path)
+    save_tokenizer(tmp_path)
+    assert (tmp_path / "quantize_config.json").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(again), expected)
+    by_gptqmodel = GPTQModel.load(str(tmp_path), device="cpu", dtype=torch.float32)
+    assert by_gptqmodel.quantize_config.format == "gptq"
+    # Another kernel, which holds scales in BF16.
+    torch.testing.assert_close(logits(by_gptqmodel.model), expected, atol=0.02, rtol=0)
+    assert expected.std() > 0.1
+
+
+def test_only_the_chosen_modules(folder: Path) -> None:
+    chosen = [["self_attn.q_proj"], ["mlp.down_proj"]]
+    config = QGuardGPTQConfig(
+        bits=8, group_size=-1, act_group_aware=False, dataset=samples(), modules_in_block_to_quantize=chosen
+    )
+    config.noise, config.multiplier = "global", 0.5
+    model = load(folder, config)
+    names = {tensor.name.removesuffix(".weight") for tensor in model.qguard_report.tensors}
+    assert names == quantized(model).keys()
+    assert len(names) == 4
+    assert len({tensor.amplitude for tensor in model.qguard_report.tensors}) == 1
+    full = load_file(folder / "model.safetensors")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, full["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_weight_that_is_no_number_is_named_before_calibrating(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(QGuardError, match=r"^[^\n]*model\.layers\.1\.mlp\.up_proj\.weight: 1 NaN [^\n]*$"):
+        load(tmp_path, QGuardGPTQConfig(group_size=GROUP, dataset=samples()))
