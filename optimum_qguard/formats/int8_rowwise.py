@@ -27,8 +27,10 @@ class Int8Rowwise(Format):
     def grid(self, blocks: Tensor) -> Grid:
         alphabet = torch.arange(-127.0, 128.0, device=blocks.device)
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        absmax = torch.maximum(-low, high).to(torch.float16).float()
-        return Grid(alphabet, midpoint_edges(alphabet), absmax / 127, keeps_extremes=True)
+        absmax = torch.maximum(-low, high)
+        half = absmax.to(torch.float16).float()
+        kept = torch.equal(half, absmax.float())
+        return Grid(alphabet, midpoint_edges(alphabet), half / 127, keeps_extremes=kept)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         absmax = (grid.scale * 127).to(torch.float16).float()  # a float16 number, so this gives it back exactly

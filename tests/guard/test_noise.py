@@ -10,6 +10,7 @@ from libraries import ON_LOAD, library_format, quantize_with_library, stored
 from torch import Tensor
 
 from optimum_qguard.formats import Format, WeightError, format, get_format
+from optimum_qguard.guard import noise
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
 from optimum_qguard.guard.random import RandomStream
 
@@ -150,7 +151,10 @@ def test_uniform_noise_fills_its_range_and_no_more() -> None:
     # 40 %"; both others: 2 * integral of f over f from 0 to one half.
     [("gaussian", 0.390), ("stochastic", 0.25), ("uniform", 0.25)],
 )
-def test_share_of_changed_symbols_has_its_closed_form(method: Method, expected: float) -> None:
+def test_share_of_changed_symbols_has_its_closed_form(
+    method: Method, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "_SAMPLED_WEIGHTS", 1 << 18)
     weight = flat_weight(512, 1024)
     int8 = get_format("int8-rowwise")
     amplitude = None if method == "stochastic" else half_width(weight, int8, "w")
@@ -161,7 +165,10 @@ def test_share_of_changed_symbols_has_its_closed_form(method: Method, expected: 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["bnb-int8", "bnb-nf4", "torchao-int4", "quanto-float8"])
-def test_share_of_changed_symbols_is_what_the_library_changes(name: str, method: Method) -> None:
+def test_share_of_changed_symbols_is_what_the_library_changes(
+    name: str, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "_SAMPLED_WEIGHTS", 1 << 18)
     format = library_format(name)
     weight = flat_weight(64, 256)
     amplitude = None if method == "stochastic" else half_width(weight, format, "w") / 4
@@ -170,7 +177,7 @@ def test_share_of_changed_symbols_is_what_the_library_changes(name: str, method:
     guarded, _ = stored(quantize_with_library(name, drawn.weight), format, weight.shape)
     assert drawn.sampled == weight.numel()
     # Noise may move a block's scale, and with it symbols that left no cell; stochastic rounding moves no scale.
-    slack = 0 if method == "stochastic" else 0.02
+    slack = 0 if method == "stochastic" else 0.03
     assert float((plain != guarded).double().mean()) == pytest.approx(drawn.share_changed, abs=slack)
 
 
@@ -249,6 +256,7 @@ MEMORY = """
 from pathlib import Path
 import torch
 from optimum_qguard.formats import get_format
+from optimum_qguard.guard import noise
 from optimum_qguard.guard.noise import draw, half_width
 from optimum_qguard.guard.random import RandomStream
 
