@@ -117,6 +117,7 @@ class Guard:
         self._quantizer.postprocess_model(model, **kwargs)
         if self._backend.calibrates:
             self._backend.forget_samples(self._quantizer, model)
+            self._expected |= {f"{name}.weight" for name in self._backend.calibrated_modules(model)}
         missed = sorted(name for name in self._expected - self._tensors.keys() if _is_quantized(model, name))
         if missed:
             raise QGuardError(
@@ -141,7 +142,7 @@ class Guard:
             guarded = {}
             for name in names:
                 value = tensors.pop(name)
-                if name in self._expected:
+                if name in self._expected or self._is_quantized_on_load(model, name):
                     weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
                     value = [weight] if isinstance(value, list) else weight
                 guarded[name] = value

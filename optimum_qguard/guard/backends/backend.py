@@ -69,5 +69,9 @@ class Backend(ABC):
         """For a library that calibrates: the modules it will quantize, by name."""
         raise NotImplementedError
 
+    def calibrated_modules(self, model: nn.Module) -> list[str]:
+        """For a library that calibrates: the modules that it has quantized, by name."""
+        raise NotImplementedError
+
     def forget_samples(self, quantizer: Any, model: nn.Module) -> None:
         """For a library that calibrates: drop the samples that saving the model would write into its configuration."""

@@ -40,6 +40,9 @@ class GPTQModel(Backend):
             if names is None or name in names
         }
 
+    def calibrated_modules(self, model: nn.Module) -> list[str]:
+        return [name for name, module in model.named_modules() if hasattr(module, "qweight")]
+
     def forget_samples(self, quantizer: Any, model: nn.Module) -> None:
         # The name of a public data set may be known; texts are the user's, and tensors could not be written at all.
         config: Any = model.config
