@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from optimum_qguard import GuardReport, QGuardError, QGuardGPTQConfig
 from optimum_qguard.formats import get_format
 from optimum_qguard.formats.gptq import GPTQ
+from optimum_qguard.guard.backends.gptq import GPTQModel
 from optimum_qguard.guard.noise import draw, half_width
 from optimum_qguard.guard.random import RandomStream
 
@@ -127,7 +128,7 @@ def test_saved_and_loaded_without_this_package(guarded: Any, tmp_path: Path) -> 
 
 def test_auto_gptqs_format(folder: Path, tmp_path: Path) -> None:
     """What auto-gptq wrote, gptqmodel and transformers read: zero points of version 1 and quantize_config.json."""
-    from gptqmodel import GPTQModel
+    import gptqmodel
 
     model = load(folder, QGuardGPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
     expected = logits(model)
@@ -139,7 +140,7 @@ def test_auto_gptqs_format(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "quantize_config.json").exists()
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits(again), expected)
-    by_gptqmodel = GPTQModel.load(str(tmp_path), device="cpu", dtype=torch.float32)
+    by_gptqmodel = gptqmodel.GPTQModel.load(str(tmp_path), device="cpu", dtype=torch.float32)
     assert by_gptqmodel.quantize_config.format == "gptq"
     # Another kernel, which holds scales in BF16.
     torch.testing.assert_close(logits(by_gptqmodel.model), expected, atol=0.02, rtol=0)
@@ -168,3 +169,17 @@ def test_a_weight_that_is_no_number_is_named_before_calibrating(folder: Path, tm
     save_tokenizer(tmp_path)
     with pytest.raises(QGuardError, match=r"^[^\n]*model\.layers\.1\.mlp\.up_proj\.weight: 1 NaN [^\n]*$"):
         load(tmp_path, QGuardGPTQConfig(group_size=GROUP, dataset=samples()))
+
+
+def test_a_layer_that_guard_does_not_know_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GPTQModel.modules_to_calibrate
+
+    def all_but_one(self: Any, *args: Any) -> Any:
+        modules = original(self, *args)
+        del modules["model.layers.1.mlp.up_proj"]
+        return modules
+
+    monkeypatch.setattr(GPTQModel, "modules_to_calibrate", all_but_one)
+    message = r"1 tensor\(s\) were quantized without guard, the first model\.layers\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(QGuardError, match=message):
+        load(folder, QGuardGPTQConfig(group_size=GROUP, dataset=samples()))

@@ -114,6 +114,18 @@ def test_a_tensor_that_goes_around_guard(
     assert TENSOR in message
 
 
+def test_a_tensor_that_guard_did_not_expect_is_guarded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = quantizer.Guard.preprocess_model
+
+    def preprocess_model(self: Any, model: Any, **kwargs: Any) -> None:
+        original(self, model, **kwargs)
+        self._expected.remove(TENSOR)
+
+    monkeypatch.setattr(quantizer.Guard, "preprocess_model", preprocess_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=QGuardInt8Config())
+    assert TENSOR in {tensor.name for tensor in model.qguard_report.tensors}
+
+
 @pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "infinite")])
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("noise", ["per_layer", "global"])
