@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +16,11 @@ _PROMPT = "What is the capital of France?"
 _NEW_TOKENS = 24
 _TEXT_CHARACTERS = 8000
 _TEXT_TOKENS = 1024
-_WINDOW, _STRIDE = 512, 256
+_WINDOW, _STRIDE = 1024, 512
 _SAMPLES = 1 << 19
-_UNIFORM_ROUNDING = 0.25
+_TIMED_LOADS = 2
+_GUARDED, _GAUSSIAN = "int8, guarded", "int8, guarded by Gaussian noise"
+_STOCHASTIC_SHARE = 0.25  # of residuals uniform in their cell: the mean distance to the nearest symbol, in steps
 
 
 def command(
@@ -28,22 +31,18 @@ def command(
 
     Nothing is downloaded, and nothing is written but two plots. It takes a few minutes without an accelerator.
     """
-    from optimum_qguard.checkpoint import CheckpointError
     from optimum_qguard.cli._console import print_json, progress_bar
-    from optimum_qguard.guard.plots import check_plot
+    from optimum_qguard.guard.output import make_folder
+    from optimum_qguard.guard.plots import require_matplotlib
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be made ({error.strerror}); name another folder") from error
-    plots = {name: output / f"{name}.png" for name in ("half-widths", "changed-symbols")}
-    for path in plots.values():
-        check_plot(path)
+    require_matplotlib()
     with progress_bar("Getting SmolLM2 ready"):
         from optimum_qguard.evaluate import smollm2_path
 
         folder = smollm2_path()
-    with progress_bar("Loading, answering and reading, six times over") as update:
+    make_folder(output)
+    plots = {name: output / f"{name}.png" for name in ("half-widths", "changed-symbols")}
+    with progress_bar("Loading it plain and quantized, asking and measuring") as update:
         models, shares = _measure(folder, update)
     with progress_bar("Drawing"):
         curve = _draw(folder, plots)
@@ -73,31 +72,33 @@ def _measure(folder: Path, update: Any) -> tuple[list[dict[str, Any]], list[dict
     configurations = {
         "BF16": None,
         "int8": config(),
-        "int8, guarded": QGuardConfig(config()),
-        "int8, guarded by Gaussian noise": QGuardConfig(config(), method="gaussian"),
+        _GUARDED: QGuardConfig(config()),
+        _GAUSSIAN: QGuardConfig(config(), method="gaussian"),
     }
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())  # the libraries load, untimed
-    update(1, 6)
-    models, reports = [], {}
-    for step, (name, configuration) in enumerate(configurations.items()):
-        start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=configuration)
-        seconds = time.perf_counter() - start
-        if configuration is not None and isinstance(configuration, QGuardConfig):
-            reports[configuration.method] = model.qguard_report
-        if step < 3:
-            models.append({"model": name, "load_seconds": seconds, **_behaviour(model, tokenizer)})
-        update(2 + step, 6)
+    loaded: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for attempt in range(1 + _TIMED_LOADS):  # the first is not timed: the libraries themselves load then
+        for name, configuration in configurations.items():
+            start = time.perf_counter()
+            loaded[name] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, quantization_config=configuration
+            )
+            if attempt:
+                seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - start)
+    models = []
+    for step, name in enumerate(list(configurations)[:3], start=1):
+        models.append({"model": name, "load_seconds": seconds[name], **_behaviour(loaded[name], tokenizer)})
+        update(step, 3)
     shares = [
         {
             "method": "stochastic rounding (the default)",
-            "measured": reports["auto"].share_changed,
-            "expected": _UNIFORM_ROUNDING,
+            "measured": loaded[_GUARDED].qguard_report.share_changed,
+            "expected": _STOCHASTIC_SHARE,
         },
         {
             "method": "Gaussian noise of the half-width (the paper's)",
-            "measured": reports["gaussian"].share_changed,
+            "measured": loaded[_GAUSSIAN].qguard_report.share_changed,
             "expected": share_changed_at_half_width(),
         },
     ]
@@ -167,5 +168,6 @@ def _print(content: dict[str, Any]) -> None:
     )
     say(f"\nDrawn: {', '.join(content['plots'].values())}")
     say(
-        "Next: qguard guard MODEL OUT --format bnb-int8, or in Python QGuardConfig(BitsAndBytesConfig(load_in_8bit=True))"
+        "Next: qguard guard MODEL OUT --format bnb-int8, "
+        "or in Python QGuardConfig(BitsAndBytesConfig(load_in_8bit=True))"
     )

@@ -87,9 +87,16 @@ def _quantize(
     if texts is None:
         _refuse_library_options(format, dataset=dataset)
     with progress_bar(f"Quantizing to {format}"):
-        return quantize_checkpoint(
+        report = quantize_checkpoint(
             model, out, format, dtype=dtype, group_size=group_size, calibration_texts=texts, **options
         )
+    if texts is not None and dataset is None:
+        typer.echo(
+            "Calibrated on the documentation of Python's standard library; "
+            "give --dataset FILE for text like what the model will meet.",
+            err=True,
+        )
+    return report
 
 
 def _noise(model: str, out: Path, format: str, options: dict[str, Any]) -> GuardReport:
@@ -106,11 +113,6 @@ def _calibration_texts(dataset: Path | None) -> list[str]:
     if dataset is None:
         from optimum_qguard.evaluate import standard_library_text
 
-        typer.echo(
-            "Calibrating on the documentation of Python's standard library; "
-            "give --dataset FILE for text like what the model will meet.",
-            err=True,
-        )
         text = standard_library_text(_CALIBRATION_CHARACTERS * _CALIBRATION_TEXTS, "training")
     else:
         try:

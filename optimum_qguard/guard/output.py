@@ -65,6 +65,18 @@ def check_output(out: str | Path, source: Path, *, overwrite: bool = False) -> N
         raise CheckpointError(f"{out}: exists and is not empty; name another folder, or give --overwrite")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that may exist already.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
+
+
 def check_space(out: str | Path, needed: int) -> None:
     """Raise `CheckpointError` if the disk of ``out`` has fewer than ``needed`` bytes free."""
     final = Path(out).expanduser().absolute()

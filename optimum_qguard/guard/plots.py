@@ -21,19 +21,24 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _BLUE, _RED, _ORANGE = "#2f6db3", "#c0392b", "#f5b041"
 
 
-def check_plot(path: str | Path) -> None:
-    """Refuse a plot before any work is done.
-
-    Raises:
-        QGuardConfigError: matplotlib is not installed, no such folder, or a suffix that is none of `SUFFIXES`.
-    """
-    path = Path(path)
+def require_matplotlib() -> None:
+    """Raise `QGuardConfigError` with the pip command if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise QGuardConfigError(
             "the package matplotlib is not installed; install it with: pip install 'optimum-qguard[plot]'"
         ) from error
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse a plot before any work is done.
+
+    Raises:
+        QGuardConfigError: matplotlib is not installed, no such folder, or a suffix that is none of `SUFFIXES`.
+    """
+    require_matplotlib()
+    path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise QGuardConfigError(f"{path}: a plot's name ends in one of {', '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():

@@ -170,4 +170,5 @@ def test_experts(tmp_path: Path, format: str) -> None:
     experts = {name for name in tensors(tmp_path / "model") if ".experts." in name}
     assert len(experts) >= 2
     assert experts <= names
-    assert not any(name.endswith("gate.weight") for name in names - experts)
+    if format.startswith("gguf"):
+        assert not any(name.endswith("gate.weight") for name in names)
