@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PROMPT = "What is the capital of France?"
+# A question whose answer SmolLM2 is sure of: asked about France, any rounding may tip it into French.
+_PROMPT = "What is the capital of Japan?"
 _NEW_TOKENS = 24
 _TEXT_CHARACTERS = 8000
 _TEXT_TOKENS = 1024
