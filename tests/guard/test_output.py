@@ -1,0 +1,61 @@
+"""An output folder that is there whole or not at all."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.guard.output import output_folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["out", "new/folder/out"])
+def test_after_an_error_nothing_is_left(tmp_path: Path, source: Path, name: str) -> None:
+    before = everything(tmp_path)
+    with pytest.raises(KeyError), output_folder(tmp_path / name, source) as staging:
+        (staging / "config.json").write_text("{}")
+        raise KeyError("broken")
+    assert everything(tmp_path) == before
+
+
+def test_after_an_error_an_overwritten_folder_is_as_it_was(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    before = everything(tmp_path)
+    with pytest.raises(KeyError), output_folder(out, source, overwrite=True) as staging:
+        (staging / "model.safetensors").write_text("new")
+        raise KeyError("broken")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, source: Path, error: Exception) -> None:
+    with pytest.raises(CheckpointError, match="no space left"), output_folder(tmp_path / "out", source):
+        raise error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path, source: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("half")
+    with output_folder(tmp_path / "out", source) as staging:
+        (staging / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert not (tmp_path / ".out.partial").exists()
