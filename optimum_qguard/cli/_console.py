@@ -30,7 +30,10 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
     """A table whose first ``text_columns`` columns are words and the others numbers."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < text_columns else "right", no_wrap=index == 0)
+        if index < text_columns:
+            made.add_column(column, overflow="fold")
+        else:
+            made.add_column(column, justify="right", no_wrap=True)
     return made
 
 
