@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 # A question whose answer SmolLM2 is sure of: asked about France, any rounding may tip it into French.
 _PROMPT = "What is the capital of Japan?"
 _NEW_TOKENS = 24
-_TEXT_CHARACTERS = 8000
-_TEXT_TOKENS = 1024
+_TEXT_CHARACTERS = 12000
+_TEXT_TOKENS = 2048
 _WINDOW, _STRIDE = 1024, 512
 _SAMPLES = 1 << 19
-_TIMED_LOADS = 2
+_TIMED_LOADS = 3
 _GUARDED, _GAUSSIAN = "int8, guarded", "int8, guarded by Gaussian noise"
 _STOCHASTIC_SHARE = 0.25  # of residuals uniform in their cell: the mean distance to the nearest symbol, in steps
 
@@ -155,18 +155,17 @@ def _print(content: dict[str, Any]) -> None:
     for model in content["models"]:
         rows.add_row(model["model"], model["answer"], f"{model['perplexity']:.3f}", f"{model['load_seconds']:.1f}")
     console.print(rows)
+    plain_int8, guarded = content["models"][1:]
+    change = guarded["perplexity"] / plain_int8["perplexity"] - 1
     say(
-        "Guarded, the model says the same and predicts as well (perplexity on Python's documentation, lower is better)."
+        f"Against plain int8, guard changes the perplexity on Python's documentation by {change:+.1%}; lower is better.\n"
+        "Every guarded load draws anew, so its words may differ from run to run, as between two quantizers."
     )
-    rows = table(
-        "\nShare of the 8-bit symbols that differ from plain rounding's", "randomized by", "measured", "theory"
-    )
+    rows = table("\nShare of the weights that left their quantization cell", "randomized by", "measured", "theory")
     for row in content["share_changed"]:
         rows.add_row(row["method"], share(row["measured"]), share(row["expected"]))
     console.print(rows)
-    say(
-        "So many weights did not go where rounding to the nearest would have sent them, and nobody could foresee which."
-    )
+    say("Rounding to the nearest would have put them elsewhere, and nobody could foresee which they are.")
     say(f"\nDrawn: {', '.join(content['plots'].values())}")
     say(
         "Next: qguard guard MODEL OUT --format bnb-int8, "

@@ -23,7 +23,7 @@ def test_what_it_measures(qguard: Callable[..., Any], tmp_path: Path) -> None:
     stochastic, gaussian = result.json["share_changed"]
     assert stochastic["measured"] == pytest.approx(stochastic["expected"], abs=0.005)
     assert gaussian["expected"] == pytest.approx(0.390, abs=0.0005)
-    assert gaussian["measured"] == pytest.approx(gaussian["expected"], abs=0.005)
+    assert gaussian["measured"] == pytest.approx(gaussian["expected"], abs=0.01)
     for path in result.json["plots"].values():
         assert Path(path).read_bytes().startswith(b"\x89PNG")
 
