@@ -158,7 +158,7 @@ def _print(content: dict[str, Any]) -> None:
     plain_int8, guarded = content["models"][1:]
     change = guarded["perplexity"] / plain_int8["perplexity"] - 1
     say(
-        f"Against plain int8, guard changes the perplexity on Python's documentation by {change:+.1%}; lower is better.\n"
+        f"Against plain int8, guard changes perplexity on Python's documentation by {change:+.1%} (lower is better).\n"
         "Every guarded load draws anew, so its words may differ from run to run, as between two quantizers."
     )
     rows = table("\nShare of the weights that left their quantization cell", "randomized by", "measured", "theory")
