@@ -170,14 +170,14 @@ def test_share_of_changed_symbols_is_what_the_library_changes(
 ) -> None:
     monkeypatch.setattr(noise, "_SAMPLED_WEIGHTS", 1 << 18)
     format = library_format(name)
-    weight = flat_weight(64, 256)
+    weight = flat_weight(256, 1024)
     amplitude = None if method == "stochastic" else half_width(weight, format, "w") / 4
     drawn = draw_with(weight, format, method, 1, amplitude)
     plain, _ = stored(quantize_with_library(name, weight), format, weight.shape)
     guarded, _ = stored(quantize_with_library(name, drawn.weight), format, weight.shape)
     assert drawn.sampled == weight.numel()
     # Noise may move a block's scale, and with it symbols that left no cell; stochastic rounding moves no scale.
-    slack = 0 if method == "stochastic" else 0.03
+    slack = 0 if method == "stochastic" else 0.02
     assert float((plain != guarded).double().mean()) == pytest.approx(drawn.share_changed, abs=slack)
 
 
