@@ -1,8 +1,9 @@
 """The command line: ``qguard VERB …``.
 
 Each file here whose name does not begin with an underscore is a verb, found by itself: its function ``command`` takes
-the arguments, and its docstring is the help text. A verb parses and prints; what it does is elsewhere in the package.
-Nothing heavy is imported before a verb runs.
+the arguments, and its docstring is the help text. A folder is a verb that has verbs of its own (``qguard attack …``),
+one file each; its docstring is their help text. File names have ``_`` where verbs have ``-``. A verb parses and prints;
+what it does is elsewhere in the package. Nothing heavy is imported before a verb runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -64,9 +66,22 @@ def main(argv: list[str] | None = None) -> int:
 def _command() -> Any:
     app = typer.Typer(add_completion=False, no_args_is_help=True)
     app.callback()(_root)
-    for name in verbs():
-        app.command(name)(importlib.import_module(f"{__name__}.{name}").command)
+    _add_verbs(app, importlib.import_module(__name__))
     return typer.main.get_command(app)
+
+
+def _add_verbs(app: typer.Typer, package: ModuleType) -> None:
+    for entry in sorted(pkgutil.iter_modules(package.__path__), key=lambda entry: entry.name):
+        if entry.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{package.__name__}.{entry.name}")
+        name = entry.name.replace("_", "-")
+        if entry.ispkg:
+            group = typer.Typer(no_args_is_help=True, help=module.__doc__)
+            _add_verbs(group, module)
+            app.add_typer(group, name=name)
+        else:
+            app.command(name)(module.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -32,8 +32,8 @@ def command(
 
     Nothing is downloaded, and nothing is written but two plots. It takes a few minutes without an accelerator.
     """
+    from optimum_qguard.checkpoint.output import make_folder
     from optimum_qguard.cli._console import print_json, progress_bar
-    from optimum_qguard.guard.output import make_folder
     from optimum_qguard.guard.plots import require_matplotlib
 
     require_matplotlib()

@@ -18,12 +18,12 @@ from transformers import BitsAndBytesConfig
 
 from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
 from optimum_qguard.checkpoint.atomic import atomic_write
+from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
 from optimum_qguard.guard.architecture import name_and_revision, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
-from optimum_qguard.guard.output import check_output, check_space, output_folder
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format

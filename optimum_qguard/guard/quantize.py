@@ -12,12 +12,12 @@ import torch
 
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
 from optimum_qguard.checkpoint.atomic import writing
+from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
 from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
 from optimum_qguard.guard.backends import backend_of, backends, preset
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
-from optimum_qguard.guard.output import check_output, check_space, output_folder
 from optimum_qguard.guard.report import GuardReport
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from optimum_qguard.checkpoint import CheckpointError
-from optimum_qguard.guard.output import output_folder
+from optimum_qguard.checkpoint.output import output_folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.reader import is_weight_file
 
 

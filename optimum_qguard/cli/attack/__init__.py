@@ -1,0 +1,1 @@
+"""The laboratory: attacks on models of your own, to test defences with. Payloads are harmless marker phrases."""
