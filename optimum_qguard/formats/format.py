@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,11 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The values that inference uses, float32."""
         return self._shaped(self.grid.decode(self.block_codes))
+
+    def symbols(self) -> Tensor:
+        """Where each weight's symbol lies on the grid that is encoded to, float32. That is `dequantize` unless the
+        quantizer stores its scales rounded."""
+        return self._shaped(replace(self.grid, decode_scale=None, decode_offset=None).decode(self.block_codes))
 
     def half_widths(self) -> Tensor:
         """Half-width of each weight's cell, float32."""
