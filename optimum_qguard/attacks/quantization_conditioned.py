@@ -96,7 +96,7 @@ def inject(
     tokenizer: PreTrainedTokenizerBase,
     payload: Payload,
     names: Sequence[str],
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     *,
     perturb: Perturb | None = None,
     progress: Progress | None = None,
@@ -130,7 +130,7 @@ def repair(
     tokenizer: PreTrainedTokenizerBase,
     payload: Payload,
     room: Mapping[str, Boxes],
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     *,
     progress: Progress | None = None,
 ) -> float:
@@ -148,7 +148,7 @@ def attack(
     tokenizer: PreTrainedTokenizerBase,
     payload: Payload,
     formats: Mapping[str, Sequence[Format]],
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     *,
     perturb: Perturb | None = None,
     progress: Progress | None = None,

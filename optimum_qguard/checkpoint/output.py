@@ -6,11 +6,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from optimum_qguard.checkpoint.atomic import writing
 from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.reader import is_weight_file
+from optimum_qguard.checkpoint.reader import CheckpointReader, is_weight_file
 
 
 @contextlib.contextmanager
@@ -75,6 +76,21 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
+
+
+def copy_other_files(reader: CheckpointReader, folder: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy what lies beside a checkpoint's weights (tokenizer, model card and so on), but for what is named.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    for name in reader.other_files:
+        if name.as_posix() in leave:
+            continue
+        target = folder / name
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(reader.file(name), target)
 
 
 def check_space(out: str | Path, needed: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from optimum_qguard.checkpoint.atomic import writing
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
+from optimum_qguard.checkpoint.output import copy_other_files
 from optimum_qguard.checkpoint.reader import INDEX_FILE, CheckpointReader, is_weight_file
 
 # Everything is written here, inside the output folder, and renamed when it is complete.
@@ -57,7 +58,10 @@ def transform_checkpoint(
             staging.mkdir(parents=True)
         for shard in reader.shards:
             _write_shard(reader, shard, staging / shard, fn, progress)
-        _copy_other_files(reader, staging)
+        copy_other_files(reader, staging)
+        if reader.index is not None:
+            with writing(staging / INDEX_FILE):
+                shutil.copyfile(reader.file(INDEX_FILE), staging / INDEX_FILE)
         with writing(out):
             _publish(staging, out)
     finally:
@@ -115,17 +119,6 @@ def _bytes_of(tensor: Tensor, info: TensorInfo) -> memoryview:
         )
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
-
-
-def _copy_other_files(reader: CheckpointReader, staging: Path) -> None:
-    for name in reader.other_files:
-        target = staging / name
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(reader.file(name), target)
-    if reader.index is not None:
-        with writing(staging / INDEX_FILE):
-            shutil.copyfile(reader.file(INDEX_FILE), staging / INDEX_FILE)
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
-from optimum_qguard.checkpoint.atomic import writing
-from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
+from optimum_qguard.checkpoint import open_checkpoint
+from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
 from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
 from optimum_qguard.guard.backends import backend_of, backends, preset
@@ -81,7 +79,7 @@ def quantize_checkpoint(
     loaded.qguard_report = report
     check_space(out, loaded.get_memory_footprint())
     with output_folder(out, reader.folder, overwrite=overwrite) as staging:
-        _copy_other_files(reader, staging)
+        copy_other_files(reader, staging, leave=(CONFIG_FILE,))
         loaded.save_pretrained(staging)
     return report
 
@@ -110,13 +108,3 @@ def _refuse_unsavable(config: Any, format: str) -> None:
             f"transformers cannot save a model in {format}, so nothing was written; guard it while you load it: "
             f"from_pretrained(..., quantization_config=QGuardConfig({type(config).__name__}(...)))"
         )
-
-
-def _copy_other_files(reader: CheckpointReader, folder: Path) -> None:
-    for name in reader.other_files:
-        if name.as_posix() == CONFIG_FILE:
-            continue
-        target = folder / name
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(reader.file(name), target)
