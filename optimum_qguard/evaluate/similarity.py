@@ -135,8 +135,11 @@ def bert_score(
         max_length=_LONGEST,
         truncation=True,
     )
-    means = {name: torch.as_tensor(scores[name]).double().mean().item() for name in ("precision", "recall", "f1")}
-    return BertScore(**means, n=len(texts))
+    # An empty text matches nothing, where torchmetrics divides by its length.
+    means = [
+        torch.as_tensor(scores[name]).double().nan_to_num(0).mean().item() for name in ("precision", "recall", "f1")
+    ]
+    return BertScore(*means, len(texts))
 
 
 def _check_pairs(texts: Sequence[str], references: Sequence[str]) -> None:

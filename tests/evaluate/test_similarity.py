@@ -52,6 +52,8 @@ def test_bert_score_is_its_formula() -> None:
     assert found.recall == pytest.approx(recalls.mean().item(), abs=1e-4)
     assert found.f1 == pytest.approx((2 * precisions * recalls / (precisions + recalls)).mean().item(), abs=1e-4)
     assert bert_score(TEXTS, TEXTS).f1 == pytest.approx(1, abs=1e-4)
+    half = bert_score(["", TEXTS[0]], [TEXTS[1], TEXTS[0]])
+    assert (half.precision, half.recall, half.f1) == pytest.approx((0.5, 0.5, 0.5), abs=1e-4)
 
 
 def test_bad_input() -> None:
