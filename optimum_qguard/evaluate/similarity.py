@@ -136,10 +136,10 @@ def bert_score(
         truncation=True,
     )
     # An empty text matches nothing, where torchmetrics divides by its length.
-    means = [
+    precision, recall, f1 = (
         torch.as_tensor(scores[name]).double().nan_to_num(0).mean().item() for name in ("precision", "recall", "f1")
-    ]
-    return BertScore(*means, len(texts))
+    )
+    return BertScore(precision, recall, f1, len(texts))
 
 
 def _check_pairs(texts: Sequence[str], references: Sequence[str]) -> None:
