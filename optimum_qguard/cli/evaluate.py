@@ -87,16 +87,17 @@ def _evaluate(
 
     if guard and not formats:
         raise EvaluationError("--guard guards a quantization; say to what with --format")
-    for format in formats:
-        preset(format)
+    for each in formats:
+        preset(each)
+    chosen: list[str | None] = [*formats] or [None]
     found: dict[str | None, Evaluation] = {}
     with progress_bar(f"Loading and measuring {model}") as update:
         behaviour = None if reference is None else Behaviour(*load_model(reference), check_options(options))
-        for index, format in enumerate(formats or [None]):
+        for index, format in enumerate(chosen):
             loaded, tokenizer = load_model(model, format, guard=guard)
 
             def step(done: int, total: int, index: int = index) -> None:
-                update(index * total + done, max(1, len(formats)) * total)
+                update(index * total + done, len(chosen) * total)
 
             found[format] = evaluate(
                 loaded, tokenizer, tasks=tasks, reference=behaviour, progress=step, **options

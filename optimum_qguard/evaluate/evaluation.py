@@ -21,6 +21,7 @@ from optimum_qguard import __version__
 from optimum_qguard.evaluate.behaviour import Behaviour
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.evaluate.options import Options
+from optimum_qguard.evaluate.task import Task
 from optimum_qguard.evaluate.tasks import get_task
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def check_options(options: dict[str, Any]) -> Options:
         ) from None
 
 
-def check_tasks(tasks: Sequence[str], options: Options, *, compared: bool) -> dict[str, Any]:
+def check_tasks(tasks: Sequence[str], options: Options, *, compared: bool) -> dict[str, Task]:
     """The tasks by name; raises what `evaluate` raises before it measures anything."""
     if not tasks:
         raise EvaluationError("no tasks: at least one is needed")
