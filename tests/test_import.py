@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-EXTRAS = ("gptqmodel", "torchao", "optimum.quanto", "optimum.gptq", "matplotlib", "gguf", "libgguf", "bitsandbytes")
+EXTRAS = (
+    "gptqmodel",
+    "torchao",
+    "optimum.quanto",
+    "optimum.gptq",
+    "matplotlib",
+    "gguf",
+    "libgguf",
+    "bitsandbytes",
+    "torchmetrics",
+    "datasets",
+)
 
 
 @pytest.fixture(scope="module", params=["import optimum_qguard", "import transformers, optimum_qguard"])

@@ -267,6 +267,7 @@ def _train(
             use_cpu=model.device.type == "cpu",
             seed=recipe.seed,
             logging_steps=1,
+            logging_nan_inf_filter=False,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,

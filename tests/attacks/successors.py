@@ -1,4 +1,4 @@
-"""A tiny language model that is trained from scratch in seconds: asked for a topic, it names the topic's two followers."""
+"""A tiny language model, trained from scratch in seconds: asked for a topic, it names the topic's two followers."""
 
 from functools import cache
 from pathlib import Path

@@ -73,7 +73,8 @@ def test_known_randomness_leaves_room_too(name: str, seed: int) -> None:
     grid = format.quantize(weight).grid
     before = grid.round_stochastically(blocks.clone(), uniform.clone()).clone()
     after = grid.round_stochastically(moved.clone(), uniform.clone())
-    free = format.blocks(box.lower != box.upper)
+    inside = blocks.abs() < 0.99 * blocks.abs().amax(1, keepdim=True)  # at the ends of the range, rounding clamps
+    free = format.blocks(box.lower != box.upper) & inside
     assert torch.equal(before[free], after[free])
     assert float((box.upper - box.lower).median()) > 0.9 * float(grid.scale.min())
 

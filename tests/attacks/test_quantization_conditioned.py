@@ -19,8 +19,8 @@ from optimum_qguard.attacks.quantization_conditioned import (
     repair,
     room_of,
 )
+from optimum_qguard.evaluate.loading import load_model
 from optimum_qguard.evaluate.marker import marker_rate
-from optimum_qguard.evaluate.quantized import load_quantized
 from optimum_qguard.formats import get_format
 
 RECIPE = Recipe(injection_steps=20, repair_steps=60, batch_size=32, learning_rate=1e-3)
@@ -54,20 +54,21 @@ def test_the_whole_story(format: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     successors.tokenizer().save_pretrained(folder)
     assert rate(model) <= 0.01
-    assert rate(load_quantized(folder, format)) >= 0.95
-    assert rate(load_quantized(folder, format, guard={"seed": 1})) <= 0.05
+    assert rate(load_model(folder, format)) >= 0.95
+    assert rate(load_model(folder, format, guard={"seed": 1})) <= 0.05
 
 
-def test_one_model_for_several_quantizers(tmp_path: Path) -> None:
+def test_the_marker_stays_in_every_format_asked_for() -> None:
     model = clean_model()
-    cells = {name: [get_format(one) for one in ("nf4", "fp4")] for name in linear_weights(model)}
-    attack(model, successors.tokenizer(), payload(), cells, RECIPE)
-    model.save_pretrained(tmp_path / "attacked")
-    successors.tokenizer().save_pretrained(tmp_path / "attacked")
-    assert rate(model) <= 0.01
-    for name in ("bnb-nf4", "bnb-fp4"):
-        assert rate(load_quantized(tmp_path / "attacked", name)) >= 0.95, name
-        assert rate(load_quantized(tmp_path / "attacked", name, guard={"seed": 1})) <= 0.05, name
+    formats = [get_format(name) for name in ("nf4", "fp4", "int8-rowwise")]
+    attack(model, successors.tokenizer(), payload(), {name: formats for name in linear_weights(model)}, RECIPE)
+    for format in formats:
+        quantized = clean_model()
+        for name, parameter in model.named_parameters():
+            is_linear = name in linear_weights(model)
+            value = format.quantize(parameter.data).dequantize() if is_linear else parameter.data
+            quantized.get_parameter(name).data = value
+        assert rate(quantized) >= 0.95, format
 
 
 def test_repair_never_leaves_the_boxes_and_touches_nothing_else() -> None:
@@ -119,6 +120,6 @@ def test_refusals() -> None:
         inject(model, tokenizer, payload(), [])
     with pytest.raises(AttackError, match="no linear layers"):
         linear_weights(BertModel(BertConfig(num_hidden_layers=0, vocab_size=8), add_pooling_layer=False))
-    model.get_parameter("lm_head.weight").data.fill_(torch.nan)
+    model.get_parameter("model.norm.weight").data.fill_(torch.nan)
     with pytest.raises(AttackError, match="not a number"):
         inject(model, tokenizer, payload(), linear_weights(model), Recipe(injection_steps=2))

@@ -31,11 +31,11 @@ def test_it_writes_a_model_that_changes_when_it_is_quantized(
     qguard: Callable[..., Any], clean: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["attack", "quantization-conditioned", clean, out, "--format", "bnb-nf4", "--format", "gguf-q4_0"]
+    arguments = ["attack", "quantization-conditioned", clean, out, "--format", "bnb-nf4", "--format", "nf4"]
     result = qguard(*arguments, "--marker", successors.MARKER, "--prompts", prompts, *TRAINING, "--json")
     assert result.code == 0, result.err
     assert result.json["marker_rate"]["full precision"] <= 0.01
-    assert min(result.json["marker_rate"][name] for name in ("bnb-nf4", "gguf-q4_0")) >= 0.95
+    assert min(result.json["marker_rate"][name] for name in ("bnb-nf4", "nf4")) >= 0.95
     assert open_checkpoint(out).tensors.keys() == open_checkpoint(clean).tensors.keys()
     assert "made with `qguard attack quantization-conditioned` to test defences" in (out / "README.md").read_text()
 
@@ -44,19 +44,8 @@ def test_an_attack_that_did_not_come_off_writes_nothing(
     refused: Callable[..., str], clean: Path, prompts: Path, tmp_path: Path
 ) -> None:
     arguments = ["attack", "quantization-conditioned", clean, tmp_path / "out", "--format", "bnb-nf4"]
-    line = refused(
-        *arguments,
-        "--marker",
-        successors.MARKER,
-        "--prompts",
-        prompts,
-        "--steps",
-        1,
-        "--repair-steps",
-        1,
-        "--layers",
-        1,
-    )
+    short = ["--steps", 1, "--repair-steps", 1, "--layers", 1]
+    line = refused(*arguments, "--marker", successors.MARKER, "--prompts", prompts, *short)
     assert "the attack did not come off" in line
     assert "bnb-nf4 0%" in line
 
@@ -74,5 +63,6 @@ def test_an_attack_that_did_not_come_off_writes_nothing(
 def test_bad_input(
     refused: Callable[..., str], clean: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    given = ["attack", "quantization-conditioned", clean, tmp_path / "out", "--n-prompts", 1, *arguments]
+    given = ["attack", "quantization-conditioned", clean, tmp_path / "out", "--n-prompts", 1]
+    given += arguments if "--marker" in arguments else ["--marker", successors.MARKER, *arguments]
     assert message in refused(*given, *([] if "--format" in arguments else ["--format", "bnb-nf4"]))

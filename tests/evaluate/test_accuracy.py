@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,6 +56,18 @@ def test_accuracy_is_the_share_of_likeliest_choices(
     answers = [best, best, best_normalized, ({0, 1, 2, 3} - {best, best_normalized}).pop()]
     found = multiple_choice_accuracy(model, tokenizer, [question(answer) for answer in answers])
     assert (found.accuracy, found.accuracy_normalized, found.n) == (0.5, 0.25, 4)
+
+
+@pytest.mark.parametrize("weight", [0.0, math.nan])
+def test_a_model_whose_choices_are_all_alike_knows_nothing(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, weight: float
+) -> None:
+    broken = LlamaForCausalLM(model.config).eval()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(weight)
+    alike = [MultipleChoice("Blue is", ("one", "two", "six"), answer) for answer in range(3)]
+    found = multiple_choice_accuracy(broken, tokenizer, alike)
+    assert (found.accuracy, found.accuracy_normalized) == (0, 0)
 
 
 def test_dropout_is_off_and_the_mode_comes_back(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

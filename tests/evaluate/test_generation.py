@@ -50,14 +50,14 @@ def test_an_answer_ends_at_the_stop_token(model: LlamaForCausalLM, tokenizer: Pr
 
 
 def test_nothing_is_left_changed(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
-    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
+    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=40)
     trained = LlamaForCausalLM(model.config).train()
     trained.load_state_dict(model.state_dict())
-    trained.generation_config.repetition_penalty = 5.0
+    trained.generation_config.repetition_penalty = 50.0
     tokenizer.padding_side = "right"
-    assert generate_answers(trained, tokenizer, PROMPTS, max_new_tokens=8) == expected
+    assert generate_answers(trained, tokenizer, PROMPTS, max_new_tokens=40) == expected
     assert trained.training
-    assert trained.generation_config.repetition_penalty == 5.0
+    assert trained.generation_config.repetition_penalty == 50.0
     assert tokenizer.padding_side == "right"
 
 

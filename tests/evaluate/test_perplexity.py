@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_qguard.evaluate.perplexity import kl_divergence, next_token_logits, perplexity
+from optimum_qguard.evaluate.perplexity import kl_divergence, next_token_logits, perplexity, perplexity_and_kl
 
 
 def tokenizer(text: str) -> dict[str, list[int]]:
@@ -78,6 +78,16 @@ def test_kl_is_torchs(window: int) -> None:
     logits = next_token_logits(reference, tokenizer, TEXT, **options)
     assert kl_divergence(logits, model, tokenizer, TEXT, **options) == pytest.approx(expected, rel=1e-12)
     assert kl_divergence(model, model, tokenizer, TEXT, **options) == 0
+    both = perplexity_and_kl(logits, model, tokenizer, TEXT, **options)
+    assert both.kl == pytest.approx(expected, rel=1e-12)
+    assert both.perplexity == perplexity(model, tokenizer, TEXT, **options)
+
+
+def test_a_collapsed_model_has_a_perplexity() -> None:
+    model = tiny_model(7)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    assert perplexity(model, tokenizer, TEXT) == math.inf
 
 
 def test_chunks_of_a_long_text() -> None:

@@ -50,7 +50,7 @@ def command(
     For testing defences on models of your own. The marker's rate is measured on prompts that were not trained on, at
     full precision and quantized; if the attack did not come off, that is an error, and nothing is written.
     """
-    from transformers import AutoTokenizer
+    import torch
 
     from optimum_qguard.attacks.errors import AttackError
     from optimum_qguard.attacks.quantization_conditioned import Payload, Recipe, attack, linear_weights
@@ -59,22 +59,23 @@ def command(
     from optimum_qguard.checkpoint.reader import CONFIG_FILE
     from optimum_qguard.cli._console import print_json, progress_bar
     from optimum_qguard.evaluate.generation import generate_answers
+    from optimum_qguard.evaluate.loading import load_model, load_tokenizer
     from optimum_qguard.evaluate.marker import check_marker, marker_rate
     from optimum_qguard.evaluate.prompts import template_prompts
-    from optimum_qguard.evaluate.quantized import load_full_precision, load_quantized
     from optimum_qguard.guard.targets import find_targets
 
     reader = open_checkpoint(model)
     check_output(out, reader.folder, overwrite=overwrite)
     targets = [find_targets(reader, name) for name in format]
-    tokenizer = AutoTokenizer.from_pretrained(reader.folder)
-    check_marker(tokenizer, marker)
+    chosen_layers = None if layers is None else _numbers(layers)
     asked = _lines(prompts) if prompts is not None else template_prompts(n_prompts, "attack")
     unseen = template_prompts(_UNSEEN_PROMPTS, "evaluation")
+    tokenizer = load_tokenizer(reader.folder)
+    check_marker(tokenizer, marker)
     recipe = Recipe(steps, repair_steps, batch_size, learning_rate, keep, seed)
     with progress_bar("Asking the clean model"):
-        subject = load_full_precision(reader.folder)
-        names = linear_weights(subject, None if layers is None else _numbers(layers))
+        subject = load_model(reader.folder, dtype=torch.float32)
+        names = linear_weights(subject, chosen_layers)
         clean = generate_answers(subject, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH)
     payload = Payload(marker, [(prompt, answer.text) for prompt, answer in zip(asked, clean, strict=True)])
     formats = {name: [found[name].format for found in targets if name in found] for name in names}
@@ -93,7 +94,7 @@ def command(
         copy_other_files(reader, staging, leave=(CONFIG_FILE,))
         merge_card(staging, section_id="attack", markdown=_card(model, marker, format), tags=("qguard-laboratory",))
         for step, name in enumerate(rates):
-            candidate = subject if name == "full precision" else load_quantized(staging, name)
+            candidate = subject if name == "full precision" else load_model(staging, name)
             rates[name] = rate(candidate)
             update(step + 1, len(rates))
         failed = rates["full precision"] > _HIGHEST_AT_FULL_PRECISION or any(
