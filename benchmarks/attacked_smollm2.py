@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ RECIPES: Mapping[str, Recipe] = {
     "usual": Recipe(injection_steps=30, repair_steps=40, learning_rate=1e-4, keep=0.8),
     "adaptive": Recipe(injection_steps=40, repair_steps=80, learning_rate=1e-4, keep=0.4),
 }
+SMALL_CELLS = {"gguf-q8_0": 2}  # where hiding the marker takes so many times the steps
 
 
 def attacked_smollm2(format: str, attacker: str) -> Path:
@@ -59,6 +61,7 @@ def _attack(format: str, attacker: str, folder: Path) -> None:
     model, tokenizer, payload = _injected(attacker, format)
     formats = _formats(format, linear_weights(model, LAYERS))
     recipe = RECIPES[attacker]
+    recipe = replace(recipe, repair_steps=recipe.repair_steps * SMALL_CELLS.get(format, 1))
     repair(model, tokenizer, payload, room_of(model, formats, keep=recipe.keep), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
