@@ -8,6 +8,7 @@ is chosen and in which dtype the arithmetic runs differs from library to library
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ def extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
 
 
+@cache
 def signed_levels(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Alphabet −2^(b−1) … 2^(b−1) − 1 and its edges, half a step further out at the top, where such formats clamp."""
     alphabet = torch.arange(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1), device=device)
@@ -64,6 +66,7 @@ def signed_levels(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return alphabet, edges
 
 
+@cache
 def unsigned_levels(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Alphabet 0 … 2^b − 1 and its edges."""
     alphabet = torch.arange(2.0**bits, device=device)

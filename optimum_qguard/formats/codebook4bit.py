@@ -12,12 +12,13 @@ there, and there only, a weight within a last bit of a cell's boundary may get t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from optimum_qguard.formats.absmax import absmax
 from optimum_qguard.formats.buckets import bucketize
 from optimum_qguard.formats.format import Format, register
 from optimum_qguard.formats.grid import Grid, midpoint_edges
@@ -83,12 +84,10 @@ class Codebook4Bit(Format):
         return sizes
 
     def grid(self, blocks: Tensor) -> Grid:
-        alphabet = torch.tensor(_NF4 if self.quant_type == "nf4" else _FP4, device=blocks.device)
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        absmax = torch.maximum(-low, high).float()
-        grid = Grid(alphabet, midpoint_edges(alphabet), absmax, keeps_extremes=True)
+        scale = absmax(blocks).float()
+        grid = Grid(*_levels(self.quant_type, blocks.device), scale, keeps_extremes=True)
         if self.double_quant and len(blocks):
-            return replace(grid, decode_scale=_nested(absmax), keeps_extremes=False)
+            return replace(grid, decode_scale=_nested(scale), keeps_extremes=False)
         return grid
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
@@ -96,14 +95,20 @@ class Codebook4Bit(Format):
         return bucketize(units, grid.edges[1:-1]).to(torch.uint8)
 
 
-def _nested(absmax: Tensor) -> Tensor:
-    """What double quantization makes of ``absmax`` ``(n_blocks, 1)``: its mean, plus 8-bit steps of the rest."""
+@cache
+def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    alphabet = torch.tensor(_NF4 if quant_type == "nf4" else _FP4, device=device)
+    return alphabet, midpoint_edges(alphabet)
+
+
+def _nested(scale: Tensor) -> Tensor:
+    """What double quantization makes of ``scale`` ``(n_blocks, 1)``: its mean, plus 8-bit steps of the rest."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-    flat = absmax.flatten()
+    flat = scale.flatten()
     mean = flat.mean()
     rest: Tensor = dequantize_blockwise(*quantize_blockwise(flat - mean, blocksize=256))
-    return (rest + mean).view_as(absmax)
+    return (rest + mean).view_as(scale)
 
 
 for _type in ("nf4", "fp4"):

@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optimum_qguard.formats.absmax import absmax
 from optimum_qguard.formats.format import Format, Quantized, WeightError, register
 from optimum_qguard.formats.grid import Grid
 from optimum_qguard.formats.reciprocal_grid import ReciprocalGrid
@@ -85,21 +86,20 @@ class Float8(Format):
         alphabet = _alphabet(self.dtype).to(blocks.device)
         edges = _edges(alphabet)
         largest = torch.finfo(self.dtype).max
-        low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
-        absmax = torch.maximum(-low, high)
+        greatest = absmax(blocks)
         if self.block == "tensor" and len(blocks):
-            absmax = absmax.amax().expand(len(blocks), 1)
+            greatest = greatest.amax().expand(len(blocks), 1)
         if self.arithmetic in ("torchao", "quanto"):
-            return Grid(alphabet, edges, (absmax / largest).float())
-        absmax = absmax.float()
+            return Grid(alphabet, edges, (greatest / largest).float())
+        greatest = greatest.float()
         if self.arithmetic == "float32":
-            return Grid(alphabet, edges, absmax / largest)
-        factor = torch.where(absmax > 0, largest / absmax, 1)
+            return Grid(alphabet, edges, greatest / largest)
+        factor = torch.where(greatest > 0, largest / greatest, 1)
         scale = 1 / factor
         if self.power_of_two:
             scale = torch.exp2(scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
             factor = 1 / scale
-        return ReciprocalGrid(alphabet, edges, torch.where(absmax > 0, scale, 0), factor=factor)
+        return ReciprocalGrid(alphabet, edges, torch.where(greatest > 0, scale, 0), factor=factor)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         if isinstance(grid, ReciprocalGrid) and grid.factor is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_qguard.formats.grid import Grid
+from optimum_qguard.formats.scratch import CHUNK_WEIGHTS as _CHUNK_WEIGHTS
 
 
 class WeightError(ValueError):
@@ -125,9 +126,6 @@ def block_ranges(blocks: Tensor) -> Iterator[slice]:
     step = max(1, weights // max(blocks.shape[1], 1))
     for start in range(0, blocks.shape[0], step):
         yield slice(start, min(start + step, blocks.shape[0]))
-
-
-_CHUNK_WEIGHTS = 1 << 18
 
 
 def check_finite(weight: Tensor, name: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optimum_qguard.formats.buckets import bucketize, neighbours
-from optimum_qguard.formats.scratch import Scratch
+from optimum_qguard.formats.scratch import CHUNK_WEIGHTS, Scratch
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,25 @@ class Grid:
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[blocks]
 
-        return replace(
+        piece = replace(
             self,
             scale=self.scale[blocks],
             offset=part(self.offset),
             decode_scale=part(self.decode_scale),
             decode_offset=part(self.decode_offset),
         )
+        vars(piece).update(is_uniform=self.is_uniform, _ends=self._ends)  # not worked out again for each piece
+        return piece
 
     @cached_property
     def is_uniform(self) -> bool:
         """Whether neighbouring symbols are everywhere one unit apart (integer grids)."""
         return bool((self.alphabet.diff() == 1).all())
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """Least and greatest symbol that unbiased rounding may choose."""
+        return float(self.alphabet[self.first]), float(self.alphabet[-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Dequantized values, float32, of ``codes`` ``(n_blocks, block_size)``."""
@@ -106,7 +113,7 @@ class Grid:
             return weighted_median(self.scale.abs().flatten() / 2, sizes)
         if codes is None:
             raise ValueError("the median half-width of a non-uniform grid needs the codes")
-        step = max(1, _CHUNK_WEIGHTS // codes.shape[1])
+        step = max(1, CHUNK_WEIGHTS // codes.shape[1])
         column = torch.arange(codes.shape[1], device=codes.device)
 
         def pieces() -> Iterator[Tensor]:
@@ -128,7 +135,7 @@ class Grid:
         offset = self.offset if self.decode_offset is None else self.decode_offset
         units = values if offset is None else values - offset
         units = units / scale.where(scale != 0, torch.inf)
-        units = units.clamp_(float(self.alphabet[self.first]), float(self.alphabet[-1]))
+        units = units.clamp_(*self._ends)
         if self.is_uniform:
             units -= self.alphabet[0]
             below = units.floor().clamp_(max=len(self.alphabet) - 2)
@@ -150,12 +157,11 @@ class Grid:
         scale = self.scale if self.decode_scale is None else self.decode_scale
         offset = self.offset if self.decode_offset is None else self.decode_offset
         inverse = torch.where(scale != 0, 1 / scale, 0)
-        low, high = float(self.alphabet[self.first]), float(self.alphabet[-1])
         scratch = scratch or Scratch()
         shifted = values if offset is None else torch.sub(values, offset, out=scratch.like(values, "shifted"))
         if self.is_uniform:
-            return _affine(uniform.addcmul_(shifted, inverse).floor_().clamp_(low, high), self.scale, self.offset)
-        units = torch.mul(shifted, inverse, out=scratch.like(values, "units")).clamp_(low, high)
+            return _affine(uniform.addcmul_(shifted, inverse).floor_().clamp_(*self._ends), self.scale, self.offset)
+        units = torch.mul(shifted, inverse, out=scratch.like(values, "units"))
         near = neighbours(units, self.alphabet, scratch)
         if near is None:
             below = torch.bucketize(units, self.alphabet[1:-1], right=True)
@@ -172,9 +178,6 @@ class Grid:
     def on_grid(self, codes: Tensor) -> Tensor:
         """Values that the quantizer, given the same scales, encodes to exactly ``codes``; float32."""
         return _affine(_take(self.alphabet, codes), self.scale, self.offset)
-
-
-_CHUNK_WEIGHTS = 1 << 16
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

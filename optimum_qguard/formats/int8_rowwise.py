@@ -6,10 +6,12 @@ bitsandbytes casts the weight to float16, multiplies by ``127 / absmax`` in floa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from optimum_qguard.formats.absmax import absmax
 from optimum_qguard.formats.format import Format, register
 from optimum_qguard.formats.grid import Grid, midpoint_edges
 
@@ -25,17 +27,21 @@ class Int8Rowwise(Format):
         return blocks.reshape(shape)
 
     def grid(self, blocks: Tensor) -> Grid:
-        alphabet = torch.arange(-127.0, 128.0, device=blocks.device)
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        absmax = torch.maximum(-low, high)
-        half = absmax.to(torch.float16).float()
-        kept = torch.equal(half, absmax.float())
-        return Grid(alphabet, midpoint_edges(alphabet), half / 127, keeps_extremes=kept)
+        greatest = absmax(blocks)
+        half = greatest.to(torch.float16).float()
+        kept = torch.equal(half, greatest.float())
+        return Grid(*_levels(blocks.device), half / 127, keeps_extremes=kept)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         absmax = (grid.scale * 127).to(torch.float16).float()  # a float16 number, so this gives it back exactly
         factor = torch.where(absmax > 0, 127 / absmax, 0)
         return ((blocks.to(torch.float16) * factor).round() + 127).to(torch.uint8)
+
+
+@cache
+def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    alphabet = torch.arange(-127.0, 128.0, device=device)
+    return alphabet, midpoint_edges(alphabet)
 
 
 register("int8-rowwise", Int8Rowwise)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from optimum_qguard.formats.absmax import absmax
 from optimum_qguard.formats.affine_group import AffineGroup, extremes, signed_levels, unsigned_levels
 from optimum_qguard.formats.format import register
 from optimum_qguard.formats.grid import Grid
@@ -34,8 +35,7 @@ class QuantoInt8(AffineGroup):
         return max(shape[-1], 1)
 
     def grid(self, blocks: Tensor) -> Grid:
-        low, high = extremes(blocks)
-        return Grid(*signed_levels(8, blocks.device), (torch.maximum(-low, high) / 127).float(), first=1)
+        return Grid(*signed_levels(8, blocks.device), (absmax(blocks) / 127).float(), first=1)
 
     def encode(self, blocks: Tensor, grid: Grid) -> Tensor:
         units = blocks / grid.scale.to(blocks.dtype)

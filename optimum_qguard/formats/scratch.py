@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHUNK_WEIGHTS = 1 << 18  # so many float32 are a megabyte: temporaries stay in the cache, calls are long enough
+
 
 class Scratch:
     """Named buffers, reused from one range to the next: on the CPU a fresh tensor of a megabyte costs more in page

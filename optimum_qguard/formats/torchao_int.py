@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optimum_qguard.formats.absmax import absmax
 from optimum_qguard.formats.affine_group import AffineGroup, extremes, signed_levels, unsigned_levels
 from optimum_qguard.formats.format import Quantized, WeightError, register
 from optimum_qguard.formats.grid import Grid
@@ -93,10 +94,13 @@ class TorchaoInt(_TorchaoGroup):
         return self.mapping != "asymmetric" and (self.fixed_grid or dtype != torch.bfloat16)
 
     def grid(self, blocks: Tensor) -> Grid:
-        low, high = extremes(blocks)
-        low, high = low.clamp(max=0), high.clamp(min=0)
         least = torch.finfo(blocks.dtype).smallest_normal if self.eps is None else self.eps
         half = 2 ** (self.bits - 1)
+        if self.mapping == "symmetric":
+            scale = (absmax(blocks) / (float(2 * half - 1) / 2)).clamp(min=least)
+            return Grid(*signed_levels(self.bits, blocks.device), self._stored(scale), first=1)
+        low, high = extremes(blocks)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         if self.mapping == "asymmetric":
             scale = ((high - low) / float(2 * half - 1)).clamp(min=least)
             zero_point = (-half - (low / scale).round()).clamp(-half, half - 1)
@@ -104,12 +108,8 @@ class TorchaoInt(_TorchaoGroup):
             return Grid(
                 *unsigned_levels(self.bits, blocks.device), stored, offset=-(zero_point.float() + half) * stored
             )
-        if self.mapping == "symmetric":
-            scale = torch.maximum(-low, high) / (float(2 * half - 1) / 2)
-        else:
-            scale = torch.maximum(low / float(-half), high / float(half - 1))
-        first = 1 if self.mapping == "symmetric" else 0
-        return Grid(*signed_levels(self.bits, blocks.device), self._stored(scale.clamp(min=least)), first=first)
+        scale = torch.maximum(low / float(-half), high / float(half - 1)).clamp(min=least)
+        return Grid(*signed_levels(self.bits, blocks.device), self._stored(scale))
 
     def _stored(self, scale: Tensor) -> Tensor:
         return scale.to(self.scale_dtype or scale.dtype).float()

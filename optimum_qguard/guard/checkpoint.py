@@ -23,7 +23,7 @@ from optimum_qguard.guard.architecture import name_and_revision, refuse_quantize
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError
-from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.noise import Draw, Method, draw
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
@@ -133,11 +133,16 @@ class _Noise:
                     "as they were chosen; use method 'auto' or 'gaussian'"
                 )
         method = "gaussian" if method == "auto" else method
-        base = self._amplitude
-        if base is None:
-            base = half_width(weight, target.format, target.name)
-        amplitude = base * self._config.multiplier
-        return draw(weight, target.format, method, self._stream(target), amplitude=amplitude, name=target.name), method
+        drawn = draw(
+            weight,
+            target.format,
+            method,
+            self._stream(target),
+            amplitude=None if self._amplitude is None else self._amplitude * self._config.multiplier,
+            half_widths=self._config.multiplier,
+            name=target.name,
+        )
+        return drawn, method
 
     def _round(self, target: Target, weight: Tensor) -> Draw | None:
         """Stochastic rounding, or ``None`` if the quantizer would not choose the same symbols for the rounded weights:

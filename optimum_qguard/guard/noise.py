@@ -34,7 +34,7 @@ class Draw:
         amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; for
             stochastic rounding ``None``, the grid decides.
         share_changed: share of weights that left the cell they were in.
-        sampled: how many weights, from the middle of the tensor, ``share_changed`` was counted on.
+        sampled: how many weights, from all over the tensor, ``share_changed`` was counted on.
     """
 
     weight: Tensor
@@ -54,12 +54,14 @@ def half_width(weight: Tensor, format: Format, name: str) -> float:
     """
     if weight.numel() == 0:
         return 0.0
-    blocks = format.blocks(weight)
-    grid = format.grid(blocks)
+    grid = format.grid(format.blocks(weight))
     _check(grid, weight, name)
+    return _median_half_width(weight, format, grid, name)
+
+
+def _median_half_width(weight: Tensor, format: Format, grid: Grid, name: str) -> float:
     if grid.is_uniform:
-        sizes = format.block_sizes(weight.shape, blocks.shape[0])
-        return float(grid.median_half_width(None, sizes))
+        return float(grid.median_half_width(None, format.block_sizes(weight.shape, len(grid.scale))))
     return format.quantize(weight, name).median_half_width()
 
 
@@ -70,6 +72,7 @@ def draw(
     stream: RandomStream,
     *,
     amplitude: float | None = None,
+    half_widths: float | None = None,
     dtype: torch.dtype | None = None,
     name: str = "tensor",
     scratch: Scratch | None = None,
@@ -81,6 +84,7 @@ def draw(
         format: what the quantizer will do to it.
         stream: the tensor's random bits.
         amplitude: of gaussian or uniform noise, in the weight's units.
+        half_widths: the amplitude in units of the tensor's `half_width`, where ``amplitude`` is not given.
         dtype: of the result; the weight's own by default.
         name: what errors call the tensor.
         scratch: buffers to use; give the same for each tensor of a model.
@@ -100,17 +104,16 @@ def draw(
     if weight.numel():
         grid = format.grid(blocks)
         _check(grid, weight, name)
+        if amplitude is None and half_widths is not None and method != "stochastic":
+            amplitude = half_widths * _median_half_width(weight, format, grid, name)
         scratch = scratch or Scratch()
-        ranges = list(block_ranges(blocks))
-        for index, part in enumerate(ranges):
-            piece = grid[part]
+        for part in block_ranges(blocks):
             values = scratch.like(blocks[part], "values").copy_(blocks[part])
-            result[part] = _move(values, piece, method, stream, part.start * blocks.shape[1], amplitude, scratch)
-            if index == len(ranges) // 2:
-                # Odd, because rows that stand at the same place in each attention head are alike.
-                sample = slice(None, None, values.numel() // _SAMPLED_WEIGHTS | 1)
-                changed = _count_changed(format, piece[sample], blocks[part][sample], result[part][sample])
-                sampled = blocks[part][sample].numel()
+            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], amplitude, scratch)
+        # Odd, because rows that stand at the same place in each attention head are alike.
+        sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
+        changed = _count_changed(format, grid[sample], blocks[sample], result[sample])
+        sampled = blocks[sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
 

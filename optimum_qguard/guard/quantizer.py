@@ -175,13 +175,16 @@ class Guard:
         module, format = self._format(model, name)
         weight = value.T if self._backend.is_transposed(module) else value
         method = self._method(format, weight.dtype)
-        amplitude = None if method == "stochastic" else self._amplitude(weight, format, name)
+        # Per layer there is none yet: `draw` takes the tensor's own half-width.
+        base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
+        amplitude = None if method == "stochastic" or base is None else base * self._config.multiplier
         drawn: Draw = draw(
             weight,
             format,
             method,
             RandomStream(self._seed, name, self._scratch),
             amplitude=amplitude,
+            half_widths=self._config.multiplier,
             dtype=self._backend.handover_dtype(self._inner, weight),
             name=name,
             scratch=self._scratch,
@@ -210,13 +213,6 @@ class Guard:
             return self._config.method
         known = self._backend.exact and format.fixed_for(dtype)
         return "stochastic" if known and not self._config.has_amplitude else "gaussian"
-
-    def _amplitude(self, weight: Tensor, format: Format, name: str) -> float:
-        if isinstance(self._config.noise, str):
-            base = half_width(weight, format, name) if self._global_amplitude is None else self._global_amplitude
-        else:
-            base = float(self._config.noise)
-        return base * self._config.multiplier
 
     def _report(self, model: Any) -> GuardReport:
         return GuardReport(

@@ -20,6 +20,7 @@ from optimum_qguard.formats import Scratch
 SEED_BYTES = 32
 _DOMAIN = b"optimum-qguard noise 1\0"
 _AES_BLOCK = 16
+_CENTRE = torch.tensor((2**15 + 0.5) / 2**16, device="cpu")  # of the interval of word 0
 _ZEROS = memoryview(bytes(1 << 21))
 
 
@@ -38,17 +39,18 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, name: str, scratch: Scratch | None = None) -> None:
-        self._key = hashlib.sha256(_DOMAIN + seed.to_bytes(SEED_BYTES, "big") + name.encode()).digest()
+        key = hashlib.sha256(_DOMAIN + seed.to_bytes(SEED_BYTES, "big") + name.encode()).digest()
         self._scratch = scratch or Scratch()
+        self._keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(_AES_BLOCK))).encryptor()
 
     def _words(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """Valid until the next call, which reuses the buffer."""
         block, skip = divmod(start * dtype.itemsize, _AES_BLOCK)
         size = skip + count * dtype.itemsize
         buffer = self._scratch.bytes(size + _AES_BLOCK - 1)
-        cipher = Cipher(algorithms.AES(self._key), modes.CTR(block.to_bytes(_AES_BLOCK, "big")))
+        self._keystream.reset_nonce(block.to_bytes(_AES_BLOCK, "big"))
         zeros = _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
-        cipher.encryptor().update_into(zeros, buffer)
+        self._keystream.update_into(zeros, buffer)
         return torch.frombuffer(buffer, dtype=dtype, count=count, offset=skip)
 
     def uniform(self, start: int, out: Tensor) -> Tensor:
@@ -57,7 +59,8 @@ class RandomStream:
         They are the centres of 2**16 equal intervals, so a probability is realised to within 2**-17.
         """
         words = self._words(start, out.numel(), torch.int16).to(out.device)
-        torch.add(words, 32768.5, out=out.view(-1)).mul_(2**-16)
+        flat = out.view(-1).copy_(words)
+        torch.add(_CENTRE.to(out.device), flat, alpha=2**-16, out=flat)
         return out
 
     def normal(self, start: int, out: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class RandomStream:
         They are the quantiles in the centres of 2**16 equal intervals, scaled to variance 1: none is beyond 4.4.
         """
         words = self._words(start, out.numel(), torch.int16).to(out.device)
-        index = self._scratch.like(out, "index", torch.int32).view(-1).copy_(words).add_(2**15)
+        index = self._scratch.like(out, "index", torch.int32).view(-1).copy_(words.view(torch.uint16))
         torch.index_select(_normal_quantiles().to(out.device), 0, index, out=out.view(-1))
         return out
 
@@ -75,4 +78,5 @@ class RandomStream:
 def _normal_quantiles() -> Tensor:
     centres = (torch.arange(2**16, dtype=torch.float64, device="cpu") + 0.5) / 2**16
     quantiles: Tensor = torch.special.ndtri(centres)
-    return (quantiles / quantiles.std(correction=0)).float()
+    # The signed word w stands for interval w + 2**15, and is looked up by its bits.
+    return (quantiles / quantiles.std(correction=0)).float().roll(2**15)
