@@ -36,6 +36,7 @@ from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.report import GuardReport, TensorReport
 from optimum_qguard.guard.saving import save_with_report
@@ -130,6 +131,7 @@ class Guard:
                 "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
             )
         model.qguard_report = self._report(model)
+        model.qguard_report.warn_if_clipped()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
 
@@ -173,7 +175,7 @@ class Guard:
 
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
-        weight = value.T if self._backend.is_transposed(module) else value
+        weight, clipped = self._clip(value.T if self._backend.is_transposed(module) else value, format)
         method = self._method(format, weight.dtype)
         amplitude = None if method == "stochastic" else self._amplitude(weight, format, name)
         drawn: Draw = draw(
@@ -194,6 +196,7 @@ class Guard:
             weights=weight.numel(),
             share_changed=drawn.share_changed,
             sampled=drawn.sampled,
+            clipped=clipped,
         )
         return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
 
@@ -203,7 +206,12 @@ class Guard:
 
     def _half_width(self, model: nn.Module, name: str, value: Tensor) -> float:
         module, format = self._format(model, name)
-        return half_width(value.T if self._backend.is_transposed(module) else value, format, name)
+        weight, _ = self._clip(value.T if self._backend.is_transposed(module) else value, format)
+        return half_width(weight, format, name)
+
+    def _clip(self, weight: Tensor, format: Format) -> tuple[Tensor, int]:
+        threshold = self._config.outlier_threshold
+        return (weight, 0) if threshold is None else clip_outliers(weight, format, threshold, self._scratch)
 
     def _method(self, format: Format, dtype: torch.dtype) -> Method:
         if self._config.method != "auto":
