@@ -3,9 +3,9 @@
 Two ways. `inject_outliers` multiplies the largest weight of each scaling block, which also harms the model at full
 precision. `inject_balanced_outliers` makes the same outliers where the transformer is exactly invariant, so that
 nothing shows at full precision: a column of the linears that read a norm times ``2**k``, and the norm's weight there
-times ``2**-k``; row ``j`` of ``up_proj`` times ``2**-k``, and column ``j`` of ``down_proj`` times ``2**k``. Powers of two
-change exponents only, so float32 and bfloat16 outputs stay the same to the last bit; that the weights can be scaled back
-to what they were is verified tensor by tensor.
+times ``2**-k``; row ``j`` of ``up_proj`` times ``2**-k``, and column ``j`` of ``down_proj`` times ``2**k``. Powers of
+two change exponents only, so float32 and bfloat16 outputs stay the same to the last bit; that the weights can be scaled
+back to what they were is verified tensor by tensor.
 """
 
 from __future__ import annotations

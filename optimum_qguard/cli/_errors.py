@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from optimum_qguard.attacks.errors import AttackError
 from optimum_qguard.checkpoint import CheckpointError
 from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 
-_SAY_WHAT_TO_DO = (CheckpointError, WeightError, QGuardConfigError, QGuardError, FileNotFoundError, ImportError)
+_SAY_WHAT_TO_DO = (
+    AttackError,
+    CheckpointError,
+    WeightError,
+    QGuardConfigError,
+    QGuardError,
+    FileNotFoundError,
+    ImportError,
+)
 _LONGEST = 1500
 
 

@@ -84,8 +84,8 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         threshold = self.clip_outliers
         if threshold not in (None, "auto") and not (_is_amplitude(threshold) and float(threshold) > 1):
             raise QGuardConfigError(
-                f"clip_outliers is {threshold!r}; it is 'auto', None, or how many times larger than the rest of its block "
-                "an outlier is (a finite number greater than 1)"
+                f"clip_outliers is {threshold!r}; it is 'auto', None, or how many times larger than the rest of its "
+                "block an outlier is (a finite number greater than 1)"
             )
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2 ** (8 * SEED_BYTES)

@@ -42,6 +42,7 @@ _COLUMN_ROWS = 256
 _TAIL, _TAIL_SHARE = 2.5, 4.0
 _NATURAL_RATIO = 4.0  # largest to next in a clean block: above it in 1 of 5,000 (SmolLM2)
 _LARGEST_RATIO = 32.0
+_LARGEST_IN_COLUMN = 16.0  # of normal weights, five standard deviations
 _RARE = 0.005
 _CROWDED = 1.25
 _EXACT = 0.02
@@ -106,12 +107,14 @@ def _clip_matrix(weight: Tensor, length: int, threshold: float, scratch: Scratch
 
 @dataclass(frozen=True)
 class _Outliers:
-    """Planted weights of one tensor, ``(n,)`` each: flat indices, values, and the largest of the rest of their block.
-    For each block the ratio of its least outlier to that, sorted; and of how many blocks."""
+    """Planted weights of one tensor, ``(n,)`` each: flat indices, values, the largest of the rest of their block, and
+    what is typical of their column. For each block the ratio of its least outlier to the rest, sorted; and of how many
+    blocks."""
 
     index: Tensor
     value: Tensor
     rest: Tensor
+    typical: Tensor
     ratios: Tensor
     n_blocks: int
 
@@ -128,9 +131,10 @@ class _Outliers:
         for common in sorted(_common_factors(self.ratios, self.n_blocks)):
             factor = torch.where(ratio > common / (1 + _EXACT), common, factor)
         natural = ratio / factor
-        supported = (factor > 1) & (natural < _LARGEST_RATIO)
-        if int((supported & (natural > _NATURAL_RATIO)).sum()) > _FEW_BLOCKS + _RARE * self.n_blocks:
-            supported &= natural <= _NATURAL_RATIO
+        usual = (natural < _NATURAL_RATIO) | (self.value.abs() < _LARGEST_IN_COLUMN * factor * self.typical)
+        supported = (factor > 1) & (usual | (natural < _LARGEST_RATIO))
+        if int((supported & ~usual).sum()) > _FEW_BLOCKS + _RARE * self.n_blocks:
+            supported &= usual
         return torch.where(supported, self.value / factor, self.rest.copysign(self.value))
 
 
@@ -169,7 +173,9 @@ def _find(weight: Tensor, length: int, typical: Tensor, threshold: float) -> _Ou
     ratios = ratios.sort().values
     index = index[outlier]
     value = weight.reshape(-1)[index].float()
-    return _Outliers(index, value, rest.expand_as(outlier)[outlier], ratios, len(blocks))
+    return _Outliers(
+        index, value, rest.expand_as(outlier)[outlier], typical[index % weight.shape[-1]], ratios, len(blocks)
+    )
 
 
 def _are_many(gaps: Tensor, n_blocks: int) -> bool:
