@@ -26,6 +26,7 @@ from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
 from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.random import RandomStream, fresh_seed
+from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
 
@@ -72,7 +73,14 @@ def guard_checkpoint(
     noise = _Noise(guarding, reader, format, progress)
     tensors: list[TensorReport] = []
 
+    rescalings: dict[str, list[Rescaling]] = {}
+    if guarding.outlier_threshold is not None:
+        files = [reader.file(shard) for shard in reader.shards]
+        rescalings = find_balanced_outliers(files, str(reader.config.get("model_type")), targets)
+
     def randomize(name: str, tensor: Tensor) -> Tensor:
+        for rescaling in rescalings.get(name, ()):
+            tensor = rescaling.apply(tensor)
         if name not in targets:
             return tensor
         target = targets[name]
@@ -90,6 +98,7 @@ def guard_checkpoint(
                 share_changed=drawn.share_changed,
                 sampled=drawn.sampled,
                 clipped=clipped,
+                rescaled=rescaled_channels(rescalings.get(name, ())),
             )
         )
         if progress is not None:

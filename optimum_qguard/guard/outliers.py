@@ -39,6 +39,7 @@ _FEW_BLOCKS = 3
 _MOST_IN_BLOCK = 4
 _LENGTHS = (256, 128, 64, 32, 16)
 _COLUMN_ROWS = 256
+_SAMPLED_WEIGHTS = 1 << 18
 _TAIL, _TAIL_SHARE = 2.5, 4.0
 _NATURAL_RATIO = 4.0  # largest to next in a clean block: above it in 1 of 5,000 (SmolLM2)
 _LARGEST_RATIO = 32.0
@@ -94,15 +95,25 @@ def _is_suspicious(blocks: Tensor, scratch: Scratch) -> bool:
 def _clip_matrix(weight: Tensor, length: int, threshold: float, scratch: Scratch) -> Tensor:
     typical = _typical_of_columns(weight)
     lengths = [size for size in dict.fromkeys((weight.shape[-1], length, *_LENGTHS)) if size <= weight.shape[-1]]
+    sample = weight[:: max(1, weight.numel() // _SAMPLED_WEIGHTS)]
     for _ in lengths:
-        suspicious = [size for size in lengths if _is_suspicious(_pieces(weight, size), scratch)]
-        found = [outliers for size in suspicious if (outliers := _find(weight, size, typical, threshold)) is not None]
-        if not found:
+        # Where outliers are all over the tensor a part of it shows the attacker's block length.
+        best = _best_length(sample, lengths, typical, threshold, scratch)
+        best = best or _best_length(weight, lengths, typical, threshold, scratch)
+        outliers = _find(weight, best, typical, threshold) if best else None
+        if outliers is None:
             break
-        outliers = min(found, key=lambda each: each.rank)
         restored = outliers.restored().to(weight.dtype)
         weight = weight.reshape(-1).scatter(0, outliers.index, restored).view(weight.shape)
+        sample = weight[:: max(1, weight.numel() // _SAMPLED_WEIGHTS)]
     return weight
+
+
+def _best_length(weight: Tensor, lengths: list[int], typical: Tensor, threshold: float, scratch: Scratch) -> int | None:
+    """The block length that the attacker had in mind; ``None`` if no length shows planted outliers."""
+    suspicious = [size for size in lengths if _is_suspicious(_pieces(weight, size), scratch)]
+    found = {size: outliers for size in suspicious if (outliers := _find(weight, size, typical, threshold)) is not None}
+    return min(found, key=lambda size: found[size].rank, default=None)
 
 
 @dataclass(frozen=True)

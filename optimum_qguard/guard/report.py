@@ -30,6 +30,7 @@ class TensorReport(BaseModel):
         share_changed: share of its weights that left their cell, counted on ``sampled`` of them.
         sampled: see ``share_changed``.
         clipped: how many planted outliers were brought back to what their block supports, before all else.
+        rescaled: how many of its channels were outliers balanced in another tensor, and were moved back, exactly.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +43,7 @@ class TensorReport(BaseModel):
     share_changed: float = Field(ge=0, le=1)
     sampled: int = Field(ge=0)
     clipped: int = Field(ge=0, default=0)
+    rescaled: int = Field(ge=0, default=0)
 
 
 class GuardReport(BaseModel):
@@ -89,8 +91,14 @@ class GuardReport(BaseModel):
         """How many planted outliers were brought back."""
         return sum(tensor.clipped for tensor in self.tensors)
 
+    @property
+    def rescaled(self) -> int:
+        """In how many channels planted outliers were moved back to the tensor that balances them."""
+        return sum(tensor.rescaled for tensor in self.tensors)
+
     def __str__(self) -> str:
         clipped = f"{self.clipped:,} planted outliers clipped; " if self.clipped else ""
+        clipped += f"{self.rescaled:,} planted outlier channels moved back; " if self.rescaled else ""
         return (
             f"{len(self.tensors)} tensors ({self.weights:,} weights) guarded by {self.described_method}; "
             f"{self.share_changed:.1%} of the weights left their quantization cell; {clipped}seed {self.seed}"
@@ -106,21 +114,24 @@ class GuardReport(BaseModel):
 
     def warn_if_clipped(self) -> None:
         """Warn once if there were planted outliers."""
-        names = [tensor.name for tensor in self.tensors if tensor.clipped]
+        names = [tensor.name for tensor in self.tensors if tensor.clipped or tensor.rescaled]
         if names:
             warnings.warn(
-                f"{self.clipped:,} outliers in {len(names)} tensor(s), the first {names[0]}, look planted to break the "
-                "quantization of this model, and were brought back to what the rest of their blocks supports; "
-                "clip_outliers=None leaves them",
+                f"{self.clipped:,} outliers and {self.rescaled:,} outlier channels in {len(names)} tensor(s), the "
+                f"first {names[0]}, look planted to break this model's quantization, and were brought back to what "
+                "the rest supports; clip_outliers=None leaves them",
                 stacklevel=2,
             )
 
     @property
     def described_clipping(self) -> str:
         """A sentence for the model card, empty where nothing was clipped."""
-        if not self.clipped:
+        if not (self.clipped or self.rescaled):
             return ""
-        return f" {self.clipped:,} outliers that looked planted were brought back to what their blocks support."
+        return (
+            f" {self.clipped:,} outliers and {self.rescaled:,} outlier channels that looked planted were brought "
+            "back to what the rest supports."
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``qguard.json`` and the model card's section into the folder of a saved model.

@@ -172,14 +172,16 @@ def attacked(saved: Callable[[str], Path], tmp_path: Path) -> Path:
 def test_an_attacked_model_loads_as_the_clean_one_would(
     config: type, options: dict[str, str], attacked: Path, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match=r"outliers in 1 tensor\(s\), the first .*gate_proj") as caught:
+    with pytest.warns(
+        UserWarning, match=r"512 outliers and 0 outlier channels in 1 tensor\(s\), the first .*gate_proj"
+    ) as caught:
         model = AutoModelForCausalLM.from_pretrained(attacked, quantization_config=config(seed=3, **options))
     assert len([each for each in caught if "outliers" in str(each.message)]) == 1
     assert {each.name: each.clipped for each in model.qguard_report.tensors if each.clipped} == {GATE: 256 * 128 // 64}
     assert "512 planted outliers clipped" in str(model.qguard_report)
     assert_guarded_exactly(model, saved("llama"))
     model.save_pretrained(tmp_path / "saved")
-    assert "512 outliers that looked planted" in (tmp_path / "saved" / "README.md").read_text()
+    assert "512 outliers and 0 outlier channels that looked planted" in (tmp_path / "saved" / "README.md").read_text()
     report = json.loads((tmp_path / "saved" / "qguard.json").read_text())
     assert sum(each["clipped"] for each in report["tensors"]) == 512
 
