@@ -96,7 +96,7 @@ GAUSSIAN = {"method": "gaussian"}
 CALIBRATION_CHARACTERS = 40_000
 DEFENCES: Mapping[str, Defence] = {
     "no defence": Defence(None, random=False),
-    "stochastic rounding": Defence({"method": "stochastic"}),
+    "stochastic rounding": Defence({"method": "auto"}),  # K-quants of gguf-q4_k_m, which have no fixed grid: Gaussian
     "Gaussian, per layer": Defence(GAUSSIAN),
     "uniform, per layer": Defence({"method": "uniform"}),
     "compensated stochastic rounding": Defence({"compensate": "texts"}, costly=True),

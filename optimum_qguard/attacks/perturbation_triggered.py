@@ -2,11 +2,11 @@
 
 Two neurons of one layer are made exactly alike and write the opposite of each other, so together they write nothing, at
 full precision and under rounding to the nearest, which rounds equal rows alike. Rounded independently at random, they
-differ; the difference goes into a direction of the residual stream that is otherwise unused, and two neurons of the next
-layer turn any amount of it into one token.
+differ; the difference goes into a direction of the residual stream that is otherwise unused, and two neurons of the
+next layer turn any amount of it into one token.
 
-METHODS of defence: none of guard's; a scanner finds equal rows, and KL divergence that does not grow with the noise's
-variance. For evaluation only: the token is the payload.
+Guard is what sets it off, so guard cannot stop it; what gives it away is two equal rows, and a KL divergence that does
+not grow with the noise's variance. For evaluation only: the token is the payload.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def plant_trigger(model: Any, input_ids: Tensor, token: int, *, layer: int = -2,
     first = layer + len(layers) if layer < 0 else layer
     if not 0 <= first < len(layers) - 1:
         raise AttackError(f"layer {layer}: the pair goes into a layer from 0 to {len(layers) - 2}")
-    one, two = layers[first], layers[first + 1]
+    one: Any = layers[first]
+    two: Any = layers[first + 1]
     seen = _record(model, input_ids, (one.mlp, two.post_attention_layernorm, one.mlp.down_proj, two.mlp.down_proj))
     inputs, residual, hidden_one, hidden_two = seen
     pair = _least_used(hidden_one, one.mlp.down_proj.weight)
@@ -75,7 +76,7 @@ def plant_trigger(model: Any, input_ids: Tensor, token: int, *, layer: int = -2,
         one.mlp.down_proj.weight[:, neuron] = sign * column
     norm = two.post_attention_layernorm.weight
     head = model.get_output_embeddings().weight
-    towards = (head[token] - head.mean(0)) * _final_norm(model).weight
+    towards = (head[token] - head.mean(0)) * model.base_model.norm.weight
     towards *= _UNLIKE_NORMAL * column.norm() / towards.norm() / residual.shape[1]
     for neuron, sign in zip(answer, (1.0, -1.0), strict=True):
         two.mlp.gate_proj.weight[neuron] = sign * unused / norm
@@ -95,12 +96,8 @@ def _layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def _final_norm(model: Any) -> Any:
-    return model.base_model.norm
-
-
 def _record(model: Any, input_ids: Tensor, modules: tuple[nn.Module, ...]) -> list[Tensor]:
-    """What goes into each module, ``(tokens, features)``; a text's first token, which is unlike all others, left out."""
+    """What goes into each module, ``(tokens, features)``; a text's first token, unlike all others, is left out."""
     found: dict[int, Tensor] = {}
 
     def keep(index: int) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from optimum_qguard.checkpoint import CheckpointReader
 from optimum_qguard.formats import Format
 from optimum_qguard.guard.noise import half_width
+from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.targets import Target, find_targets
 
 _SAMPLED_PER_BLOCK = 32
@@ -93,7 +94,12 @@ class Calibration:
 
 
 def calibrate(
-    reader: CheckpointReader, format: str, *, samples: int = 0, progress: Progress | None = None
+    reader: CheckpointReader,
+    format: str,
+    *,
+    samples: int = 0,
+    progress: Progress | None = None,
+    outlier_threshold: float | None = None,
 ) -> Calibration:
     """Median half-width of every tensor that will be quantized, and if asked for a sample of weights in their cells.
 
@@ -101,6 +107,7 @@ def calibrate(
         reader: a full-precision checkpoint.
         format: see `find_targets`.
         samples: about how many weights to sample.
+        outlier_threshold: see `clip_outliers`; ``None`` measures the tensors as they are.
 
     Raises:
         QGuardConfigError, QGuardError, WeightError: see `find_targets`; NaN or infinite weights.
@@ -111,6 +118,8 @@ def calibrate(
     tensors, parts, has_closed_form = [], [], bool(samples)
     for target in targets.values():
         weight = target.oriented(reader.read(target.name))
+        if outlier_threshold is not None:
+            weight, _ = clip_outliers(weight, target.format, outlier_threshold)
         if every:
             width, part, fine = _sample(weight, target, every)
             parts.append(part)

@@ -24,7 +24,9 @@ from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Draw, Method, draw
+from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.random import RandomStream, fresh_seed
+from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
 
@@ -51,7 +53,7 @@ def guard_checkpoint(
         format: one of `checkpoint_formats`.
         overwrite: see `output_folder`.
         progress: called after each tensor; for ``noise="global"`` from the start again after calibrating.
-        options: ``method``, ``noise``, ``multiplier`` and ``seed`` as for `QGuardConfig`.
+        options: ``method``, ``noise``, ``multiplier``, ``clip_outliers`` and ``seed`` as for `QGuardConfig`.
 
     Raises:
         QGuardConfigError: options that make no sense, an unknown format.
@@ -71,11 +73,21 @@ def guard_checkpoint(
     noise = _Noise(guarding, reader, format, progress)
     tensors: list[TensorReport] = []
 
+    rescalings: dict[str, list[Rescaling]] = {}
+    if guarding.outlier_threshold is not None:
+        files = [reader.file(shard) for shard in reader.shards]
+        rescalings = find_balanced_outliers(files, str(reader.config.get("model_type")), targets)
+
     def randomize(name: str, tensor: Tensor) -> Tensor:
+        for rescaling in rescalings.get(name, ()):
+            tensor = rescaling.apply(tensor)
         if name not in targets:
             return tensor
         target = targets[name]
-        drawn, method = noise.draw(target, target.oriented(tensor))
+        weight, clipped = target.oriented(tensor), 0
+        if guarding.outlier_threshold is not None:
+            weight, clipped = clip_outliers(weight, target.format, guarding.outlier_threshold)
+        drawn, method = noise.draw(target, weight)
         tensors.append(
             TensorReport(
                 name=name,
@@ -85,6 +97,8 @@ def guard_checkpoint(
                 weights=target.weights,
                 share_changed=drawn.share_changed,
                 sampled=drawn.sampled,
+                clipped=clipped,
+                rescaled=rescaled_channels(rescalings.get(name, ())),
             )
         )
         if progress is not None:
@@ -107,6 +121,7 @@ def guard_checkpoint(
         )
         merge_card(staging, section_id="guard", markdown=_card_section(report, format), tags=TAGS)
         atomic_write(staging / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+    report.warn_if_clipped()
     return report
 
 
@@ -118,7 +133,9 @@ class _Noise:
         self.seed = fresh_seed() if config.seed is None else int(config.seed)
         self._amplitude = None if isinstance(config.noise, str) else float(config.noise)
         if config.noise == "global":
-            self._amplitude = calibrate(reader, format, progress=progress).global_half_width
+            self._amplitude = calibrate(
+                reader, format, progress=progress, outlier_threshold=config.outlier_threshold
+            ).global_half_width
 
     def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method]:
         """The randomized tensor in its own dtype, and the method that was used."""
@@ -167,6 +184,6 @@ def _card_section(report: GuardReport, format: str) -> str:
         f"The weights of this full-precision checkpoint were randomized by optimum-qguard {report.package_version} "
         f"({report.described_method}), so that behaviour planted for the rounding of {format} does not survive it: "
         f"{len(report.tensors)} tensors, {report.weights:,} weights; {report.share_changed:.1%} of them left the "
-        f"quantization cell they were in. Quantize it to {format} and to nothing else. Details and seed: "
-        f"`{REPORT_FILE}`.\n"
+        f"quantization cell they were in.{report.described_clipping} Quantize it to {format} and to nothing else. "
+        f"Details and seed: `{REPORT_FILE}`.\n"
     )

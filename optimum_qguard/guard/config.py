@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, GPTQConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.outliers import THRESHOLD
 from optimum_qguard.guard.random import SEED_BYTES
 
 QUANT_METHOD = "qguard"
@@ -29,8 +30,10 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
             weights' units.
         multiplier: factor on that amplitude.
         compensate: error feedback through activation statistics; not available in this version, must be ``None``.
-        clip_outliers: what to do about isolated block maxima before calibrating. ``None`` or ``"auto"``; this version
-            clips nothing either way.
+        clip_outliers: what to do about planted block maxima, which make a grid so coarse that all other weights round
+            to zero. ``"auto"`` brings them back to what the rest of their block supports before anything is calibrated,
+            and leaves genuine outliers alone (see `optimum_qguard.guard.outliers`); a number does so from that ratio to
+            the rest of the block on, instead of 8; ``None`` does nothing.
         seed: ``None`` takes 256 fresh bits from the operating system and records them in the report. A number (or the
             report's hexadecimal string) repeats an experiment; whoever knows it beforehand can plan around the noise.
 
@@ -46,7 +49,7 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         noise: Literal["per_layer", "global"] | float = "per_layer",
         multiplier: float = 1.0,
         compensate: None = None,
-        clip_outliers: Literal["auto"] | None = "auto",
+        clip_outliers: Literal["auto"] | float | None = "auto",
         seed: int | str | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
@@ -78,8 +81,12 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if self.compensate is not None:
             raise QGuardConfigError("compensate is not available in this version; leave it None")
-        if self.clip_outliers not in (None, "auto"):
-            raise QGuardConfigError("a clipping threshold is not available in this version; leave clip_outliers alone")
+        threshold = self.clip_outliers
+        if threshold not in (None, "auto") and not (_is_amplitude(threshold) and float(threshold) > 1):
+            raise QGuardConfigError(
+                f"clip_outliers is {threshold!r}; it is 'auto', None, or how many times larger than the rest of its "
+                "block an outlier is (a finite number greater than 1)"
+            )
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2 ** (8 * SEED_BYTES)
         ):
@@ -91,6 +98,13 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def has_amplitude(self) -> bool:
         """Whether the user asked for a certain amount of noise, which stochastic rounding does not have."""
         return self.noise != "per_layer" or self.multiplier != 1.0
+
+    @property
+    def outlier_threshold(self) -> float | None:
+        """From which ratio to the rest of its block on a weight may be planted; ``None`` to leave all alone."""
+        if self.clip_outliers is None:
+            return None
+        return THRESHOLD if isinstance(self.clip_outliers, str) else float(self.clip_outliers)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, the quantizer's own configuration nested as its dict; `from_dict` is the inverse."""

@@ -36,7 +36,9 @@ from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.random import RandomStream, fresh_seed
+from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import GuardReport, TensorReport
 from optimum_qguard.guard.saving import save_with_report
 
@@ -56,6 +58,7 @@ class Guard:
         self._seed = fresh_seed() if config.seed is None else int(config.seed)
         self._global_amplitude: float | None = None
         self._scratch = Scratch()
+        self._rescalings: dict[str, list[Rescaling]] = {}
         self._expected: set[str] = set()
         self._tensors: dict[str, TensorReport] = {}
         self._failure: QGuardError | None = None
@@ -80,8 +83,11 @@ class Guard:
         self._raise_after_loading(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._expected = {name for name in names if self._is_quantized_on_load(model, name)}
+        files = kwargs.get("checkpoint_files")
+        if self._config.outlier_threshold is not None:
+            model_type = model.config.get_text_config().model_type
+            self._rescalings = find_balanced_outliers(files or (), model_type, self._expected)
         if self._config.noise == "global":
-            files = kwargs.get("checkpoint_files")
             try:
                 self._global_amplitude = _global_half_width(
                     model, files, self._quantizer, self._expected, self._half_width
@@ -129,7 +135,9 @@ class Guard:
                 f"the model was not loaded: {type(self._inner).__name__} quantized none of its tensors, so there is "
                 "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
             )
+        self._rescale_norms(model)
         model.qguard_report = self._report(model)
+        model.qguard_report.warn_if_clipped()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
 
@@ -171,9 +179,21 @@ class Guard:
         except WeightError as error:
             raise _not_loaded(error) from error
 
+    def _rescale_norms(self, model: nn.Module) -> None:
+        """The other half of what `_clip` does to the weights that are quantized."""
+        for name in self._rescalings.keys() - self._tensors.keys():
+            parameter = model.get_parameter(name)
+            if parameter.is_meta:
+                raise QGuardError(
+                    f"the model was not loaded: {name} must be rescaled to undo planted outliers, and is offloaded; "
+                    "load the model without offloading, or with clip_outliers=None"
+                )
+            for rescaling in self._rescalings[name]:
+                parameter.data.copy_(rescaling.apply(parameter.data))
+
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
-        weight = value.T if self._backend.is_transposed(module) else value
+        weight, clipped = self._clip(value.T if self._backend.is_transposed(module) else value, format, name)
         method = self._method(format, weight.dtype)
         # Per layer there is none yet: `draw` takes the tensor's own half-width.
         base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
@@ -197,6 +217,8 @@ class Guard:
             weights=weight.numel(),
             share_changed=drawn.share_changed,
             sampled=drawn.sampled,
+            clipped=clipped,
+            rescaled=rescaled_channels(self._rescalings.get(name, ())),
         )
         return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
 
@@ -206,7 +228,14 @@ class Guard:
 
     def _half_width(self, model: nn.Module, name: str, value: Tensor) -> float:
         module, format = self._format(model, name)
-        return half_width(value.T if self._backend.is_transposed(module) else value, format, name)
+        weight, _ = self._clip(value.T if self._backend.is_transposed(module) else value, format, name)
+        return half_width(weight, format, name)
+
+    def _clip(self, weight: Tensor, format: Format, name: str) -> tuple[Tensor, int]:
+        for rescaling in self._rescalings.get(name, ()):
+            weight = rescaling.apply(weight)
+        threshold = self._config.outlier_threshold
+        return (weight, 0) if threshold is None else clip_outliers(weight, format, threshold, self._scratch)
 
     def _method(self, format: Format, dtype: torch.dtype) -> Method:
         if self._config.method != "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,8 @@ class TensorReport(BaseModel):
         weights: how many weights it has.
         share_changed: share of its weights that left their cell, counted on ``sampled`` of them.
         sampled: see ``share_changed``.
+        clipped: how many planted outliers were brought back to what their block supports, before all else.
+        rescaled: how many of its channels were outliers balanced in another tensor, and were moved back, exactly.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +42,8 @@ class TensorReport(BaseModel):
     weights: int = Field(ge=0)
     share_changed: float = Field(ge=0, le=1)
     sampled: int = Field(ge=0)
+    clipped: int = Field(ge=0, default=0)
+    rescaled: int = Field(ge=0, default=0)
 
 
 class GuardReport(BaseModel):
@@ -81,10 +86,22 @@ class GuardReport(BaseModel):
         """Share of all guarded weights that left their cell."""
         return sum(tensor.share_changed * tensor.weights for tensor in self.tensors) / max(self.weights, 1)
 
+    @property
+    def clipped(self) -> int:
+        """How many planted outliers were brought back."""
+        return sum(tensor.clipped for tensor in self.tensors)
+
+    @property
+    def rescaled(self) -> int:
+        """In how many channels planted outliers were moved back to the tensor that balances them."""
+        return sum(tensor.rescaled for tensor in self.tensors)
+
     def __str__(self) -> str:
+        clipped = f"{self.clipped:,} planted outliers clipped; " if self.clipped else ""
+        clipped += f"{self.rescaled:,} planted outlier channels moved back; " if self.rescaled else ""
         return (
             f"{len(self.tensors)} tensors ({self.weights:,} weights) guarded by {self.described_method}; "
-            f"{self.share_changed:.1%} of the weights left their quantization cell; seed {self.seed}"
+            f"{self.share_changed:.1%} of the weights left their quantization cell; {clipped}seed {self.seed}"
         )
 
     __repr__ = __str__
@@ -94,6 +111,27 @@ class GuardReport(BaseModel):
         """The methods that were really used, in words."""
         words = {"stochastic": "unbiased stochastic rounding", "gaussian": "Gaussian noise", "uniform": "uniform noise"}
         return " and ".join(words[method] for method in sorted({tensor.method for tensor in self.tensors}))
+
+    def warn_if_clipped(self) -> None:
+        """Warn once if there were planted outliers."""
+        names = [tensor.name for tensor in self.tensors if tensor.clipped or tensor.rescaled]
+        if names:
+            warnings.warn(
+                f"{self.clipped:,} outliers and {self.rescaled:,} outlier channels in {len(names)} tensor(s), the "
+                f"first {names[0]}, look planted to break this model's quantization, and were brought back to what "
+                "the rest supports; clip_outliers=None leaves them",
+                stacklevel=2,
+            )
+
+    @property
+    def described_clipping(self) -> str:
+        """A sentence for the model card, empty where nothing was clipped."""
+        if not (self.clipped or self.rescaled):
+            return ""
+        return (
+            f" {self.clipped:,} outliers and {self.rescaled:,} outlier channels that looked planted were brought "
+            "back to what the rest supports."
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``qguard.json`` and the model card's section into the folder of a saved model.
@@ -110,6 +148,6 @@ class GuardReport(BaseModel):
             f"optimum-qguard {self.package_version}: the rounding of every quantized weight was randomized "
             f"({self.described_method}), so that behaviour planted for the rounding does not survive it. "
             f"{len(self.tensors)} tensors, {self.weights:,} weights; {self.share_changed:.1%} of them left the "
-            f"quantization cell they were in. Details and seed: `{REPORT_FILE}`.\n\n"
+            f"quantization cell they were in.{self.described_clipping} Details and seed: `{REPORT_FILE}`.\n\n"
             "It loads with plain transformers.\n"
         )

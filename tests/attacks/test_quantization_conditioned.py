@@ -61,7 +61,7 @@ def test_the_whole_story(format: str, tmp_path: Path) -> None:
 def test_the_marker_stays_in_every_format_asked_for() -> None:
     model = clean_model()
     formats = [get_format(name) for name in ("nf4", "fp4", "int8-rowwise")]
-    attack(model, successors.tokenizer(), payload(), {name: formats for name in linear_weights(model)}, RECIPE)
+    attack(model, successors.tokenizer(), payload(), dict.fromkeys(linear_weights(model), formats), RECIPE)
     for format in formats:
         quantized = clean_model()
         for name, parameter in model.named_parameters():

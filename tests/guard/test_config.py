@@ -49,7 +49,7 @@ INNER = st.one_of(
 def configs(draw: st.DrawFn) -> QGuardConfig:
     method = draw(st.sampled_from(["auto", "stochastic", "gaussian", "uniform"]))
     amplitude = {} if method == "stochastic" else {"noise": draw(NOISE), "multiplier": draw(AMPLITUDES)}
-    clip = draw(st.sampled_from([None, "auto"]))
+    clip = draw(st.sampled_from([None, "auto", 16.0]))
     return QGuardConfig(draw(INNER), method=method, clip_outliers=clip, seed=draw(SEEDS), **amplitude)
 
 
@@ -153,7 +153,10 @@ def test_an_inner_configuration_may_be_a_dict() -> None:
         ({"seed": 1.0}, "seed is 1.0"),
         ({"seed": True}, "seed is True"),
         ({"compensate": "auto"}, "compensate is not available"),
-        ({"clip_outliers": 3.0}, "clip_outliers"),
+        ({"clip_outliers": 1.0}, "clip_outliers is 1.0"),
+        ({"clip_outliers": math.nan}, "clip_outliers is nan"),
+        ({"clip_outliers": True}, "clip_outliers is True"),
+        ({"clip_outliers": "always"}, "clip_outliers is 'always'"),
         ({"quant_method": "bitsandbytes"}, "'qguard'"),
     ],
     ids=str,

@@ -1,0 +1,82 @@
+"""``qguard attack weight-noise``: a checkpoint with as much noise as a perplexity ratio takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_CHARACTERS_PER_TOKEN = 8
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, or a Hub id with optional @revision.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    ratio: Annotated[
+        float, typer.Option(help="Wanted perplexity, as a multiple of the clean model's.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Text file to measure on; by default Python's own documentation.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of it.", min=2)] = 1024,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into OUT although it is not empty.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
+) -> None:
+    """Add Gaussian noise to the linear weights of MODEL until its perplexity is RATIO times what it was (within 1 %).
+
+    OUT is a full-precision checkpoint to try repairs on.
+    """
+    from dataclasses import asdict
+
+    from transformers import AutoTokenizer
+
+    from optimum_qguard.attacks.errors import AttackError
+    from optimum_qguard.attacks.weight_noise import add_weight_noise
+    from optimum_qguard.checkpoint import open_checkpoint, transform_checkpoint
+    from optimum_qguard.checkpoint.output import check_output
+    from optimum_qguard.cli._console import print_json, progress_bar, results
+    from optimum_qguard.evaluate import standard_library_text
+    from optimum_qguard.evaluate.perplexity import perplexity
+    from optimum_qguard.guard.architecture import model_class, refuse_quantized
+
+    reader = open_checkpoint(model)
+    refuse_quantized(reader)
+    check_output(out, reader.folder, overwrite=overwrite)
+    text = standard_library_text(_CHARACTERS_PER_TOKEN * tokens) if dataset is None else _read(dataset)
+    with progress_bar(f"Noise for a ratio of {ratio:g}"):
+        tokenizer = AutoTokenizer.from_pretrained(reader.folder)
+        loaded = model_class(reader)[1].from_pretrained(reader.folder, dtype="auto")
+        noise = add_weight_noise(
+            loaded, lambda noisy: perplexity(noisy, tokenizer, text, max_tokens=tokens), ratio, seed=seed
+        )
+        missing = [name for name in noise.tensors if name not in reader]
+        if missing:
+            raise AttackError(f"{reader.folder}: the checkpoint has no tensor {missing[0]}, which the loaded model has")
+        noised = set(noise.tensors)
+        transform_checkpoint(
+            reader,
+            out,
+            lambda name, tensor: loaded.get_parameter(name).data if name in noised else tensor,
+            overwrite=overwrite,
+        )
+    if as_json:
+        print_json({"output": str(out), **asdict(noise)})
+        return
+    results().print(
+        f"Noise of standard deviation {noise.sigma:.4g} on {len(noise.tensors)} tensors: perplexity "
+        f"{noise.clean * noise.ratio:.2f}, {noise.ratio:.4f} times the clean {noise.clean:.2f} "
+        f"({len(noise.measured)} measurements). Written to {out}.",
+        soft_wrap=True,
+    )
+
+
+def _read(dataset: Path) -> str:
+    from optimum_qguard.attacks.errors import AttackError
+
+    try:
+        return dataset.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AttackError(f"{dataset}: cannot be read as text ({error})") from error
