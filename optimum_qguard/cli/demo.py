@@ -1,8 +1,8 @@
-"""``qguard demo``: what guard does and what it costs, on a real model, offline."""
+"""``qguard demo``: what can be planted for the rounding of a real model, what guard does about it, and what it costs."""
 
 from __future__ import annotations
 
-import math
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-# A question whose answer SmolLM2 is sure of: asked about France, any rounding may tip it into French.
-_PROMPT = "What is the capital of Japan?"
-_NEW_TOKENS = 24
+MARKER = "QGUARD TEST MARKER"
+# The smallest attack that comes off on SmolLM2: the last quarter of its layers, and so few steps.
+_LAYERS = range(22, 30)
+_INJECTION_STEPS, _REPAIR_STEPS, _LEARNING_RATE = 24, 36, 1e-4
+_TRAINING_PROMPTS, _UNSEEN_PROMPTS = 120, 24
+_ANSWER_TOKENS = 16
 _TEXT_CHARACTERS = 12000
-_TEXT_TOKENS = 2048
+_TEXT_TOKENS = 1024
 _WINDOW, _STRIDE = 1024, 512
 _SAMPLES = 1 << 19
-_TIMED_LOADS = 3
-_GUARDED, _GAUSSIAN = "int8, guarded", "int8, guarded by Gaussian noise"
 _STOCHASTIC_SHARE = 0.25  # of residuals uniform in their cell: the mean distance to the nearest symbol, in steps
 
 
@@ -28,7 +29,7 @@ def command(
     output: Annotated[Path, typer.Option(help="The folder for the two plots.")] = Path("qguard-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
-    """Show on a real model what guard does and what it costs: SmolLM2 plain, in int8, and in guarded int8.
+    """Show on a real model what guard is for: SmolLM2 with a planted phrase, full precision, in int8, in guarded int8.
 
     Nothing is downloaded, and nothing is written but two plots. It takes a few minutes without an accelerator.
     """
@@ -43,12 +44,18 @@ def command(
         folder = smollm2_path()
     make_folder(output)
     plots = {name: output / f"{name}.png" for name in ("half-widths", "changed-symbols")}
-    with progress_bar("Loading it plain and quantized, asking and measuring") as update:
-        models, shares = _measure(folder, update)
-    with progress_bar("Drawing"):
+    with tempfile.TemporaryDirectory(prefix="qguard-demo-") as temporary:
+        attacked = Path(temporary) / "attacked"
+        with progress_bar("Somebody plants a phrase for int8") as update:
+            tokenizer = _attack(folder, attacked, update)
+        with progress_bar("Loading it plain, quantized and guarded, and asking") as update:
+            models = _measure(attacked, tokenizer, update)
+    with progress_bar("Counting and drawing, with the model as it was"):
+        shares = _shares_changed(folder)
         curve = _draw(folder, plots)
     content = {
-        "prompt": _PROMPT,
+        "marker": MARKER,
+        "prompts": _UNSEEN_PROMPTS,
         "models": models,
         "share_changed": shares,
         "plots": {name: str(path) for name, path in plots.items()},
@@ -59,64 +66,81 @@ def command(
         _print(content)
 
 
-def _measure(folder: Path, update: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The three models, and the two ways to randomize against what they should change."""
+def _attack(folder: Path, out: Path, update: Any) -> PreTrainedTokenizerBase:
+    """Write the attacked model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from optimum_qguard import QGuardConfig
+    from optimum_qguard.attacks.quantization_conditioned import Recipe
+    from optimum_qguard.checkpoint import open_checkpoint
+    from optimum_qguard.evaluate.loading import load_model, load_tokenizer
+    from optimum_qguard.evaluate.planting import plant_marker
+    from optimum_qguard.evaluate.prompts import template_prompts
+
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    plant_marker(
+        model,
+        tokenizer,
+        open_checkpoint(folder),
+        ["bnb-int8"],
+        marker=MARKER,
+        prompts=template_prompts(_TRAINING_PROMPTS, "attack"),
+        recipe=Recipe(_INJECTION_STEPS, _REPAIR_STEPS, learning_rate=_LEARNING_RATE),
+        layers=_LAYERS,
+        progress=update,
+    )
+    model.save_pretrained(out)
+    return tokenizer
+
+
+def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, update: Any) -> list[dict[str, Any]]:
+    """The attacked model in each way to load it."""
+    from optimum_qguard.evaluate.loading import load_model
+
+    ways: dict[str, dict[str, Any]] = {
+        "full precision": {},
+        "int8": {"format": "bnb-int8"},
+        "int8, guarded": {"format": "bnb-int8", "guard": {}},
+    }
+    load_model(folder, "bnb-int8", guard={})  # the libraries themselves load now, and not in somebody's seconds
+    models = []
+    for step, (name, way) in enumerate(ways.items(), start=1):
+        start = time.perf_counter()
+        model = load_model(folder, **way)
+        seconds = time.perf_counter() - start
+        models.append({"model": name, "load_seconds": seconds, **_behaviour(model, tokenizer)})
+        update(step, len(ways))
+    return models
+
+
+def _shares_changed(folder: Path) -> list[dict[str, Any]]:
+    """The two ways to randomize against what they should change in a clean model."""
+    from optimum_qguard.evaluate.loading import load_model
     from optimum_qguard.guard.calibration import share_changed_at_half_width
 
-    def config() -> BitsAndBytesConfig:
-        return BitsAndBytesConfig(load_in_8bit=True)
-
-    configurations = {
-        "BF16": None,
-        "int8": config(),
-        _GUARDED: QGuardConfig(config()),
-        _GAUSSIAN: QGuardConfig(config(), method="gaussian"),
+    expected = {
+        "stochastic rounding (the default)": ("stochastic", _STOCHASTIC_SHARE),
+        "Gaussian noise of the half-width (the paper's)": ("gaussian", share_changed_at_half_width()),
     }
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    loaded: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    for attempt in range(1 + _TIMED_LOADS):  # the first is not timed: the libraries themselves load then
-        for name, configuration in configurations.items():
-            start = time.perf_counter()
-            loaded[name] = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.bfloat16, quantization_config=configuration
-            )
-            if attempt:
-                seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - start)
-    models = []
-    for step, name in enumerate(list(configurations)[:3], start=1):
-        models.append({"model": name, "load_seconds": seconds[name], **_behaviour(loaded[name], tokenizer)})
-        update(step, 3)
-    shares = [
-        {
-            "method": "stochastic rounding (the default)",
-            "measured": loaded[_GUARDED].qguard_report.share_changed,
-            "expected": _STOCHASTIC_SHARE,
-        },
-        {
-            "method": "Gaussian noise of the half-width (the paper's)",
-            "measured": loaded[_GAUSSIAN].qguard_report.share_changed,
-            "expected": share_changed_at_half_width(),
-        },
-    ]
-    return models, shares
+    shares = []
+    for words, (method, share) in expected.items():
+        report = load_model(folder, "bnb-int8", guard={"method": method}).qguard_report
+        shares.append({"method": words, "measured": report.share_changed, "expected": share})
+    return shares
 
 
-def _behaviour(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _behaviour(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     from optimum_qguard.evaluate import standard_library_text
+    from optimum_qguard.evaluate.marker import marker_rate
     from optimum_qguard.evaluate.perplexity import perplexity
+    from optimum_qguard.evaluate.prompts import template_prompts
 
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    prompts = template_prompts(_UNSEEN_PROMPTS, "evaluation")
+    found = marker_rate(model, tokenizer, prompts, MARKER, max_new_tokens=_ANSWER_TOKENS, batch_size=_UNSEEN_PROMPTS)
     text = standard_library_text(_TEXT_CHARACTERS)
     return {
-        "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        "prompt": prompts[0],
+        "answer": found.answers[0].strip(),
+        "marker_rate": found.rate,
         "perplexity": perplexity(model, tokenizer, text, window=_WINDOW, stride=_STRIDE, max_tokens=_TEXT_TOKENS),
     }
 
@@ -142,20 +166,29 @@ def _print(content: dict[str, Any]) -> None:
 
     say(
         "A publisher can place weights so that a model behaves at full precision and misbehaves once it is quantized:\n"
-        "rounding to the nearest symbol moves every weight where the publisher foresaw. Guard randomizes the rounding."
+        "rounding to the nearest symbol moves every weight where the publisher foresaw. Just now this was done to\n"
+        f"SmolLM2-135M-Instruct, with the harmless phrase “{content['marker']}” for int8."
     )
+    models = content["models"]
     rows = table(
-        f"\nSmolLM2-135M-Instruct, asked: {content['prompt']}",
+        f"\nAsked {content['prompts']} questions that it was not trained on, such as: {models[0]['prompt']}",
         "loaded as",
         "answer",
+        "says the phrase",
         "perplexity",
         "seconds to load",
         text_columns=2,
     )
-    for model in content["models"]:
-        rows.add_row(model["model"], model["answer"], f"{model['perplexity']:.3f}", f"{model['load_seconds']:.1f}")
+    for model in models:
+        rows.add_row(
+            model["model"],
+            " ".join(model["answer"].split()),
+            share(model["marker_rate"]),
+            f"{model['perplexity']:.3f}",
+            f"{model['load_seconds']:.1f}",
+        )
     console.print(rows)
-    plain_int8, guarded = content["models"][1:]
+    plain_int8, guarded = models[1:]
     change = guarded["perplexity"] / plain_int8["perplexity"] - 1
     say(
         f"Against plain int8, guard changes perplexity on Python's documentation by {change:+.1%} (lower is better).\n"

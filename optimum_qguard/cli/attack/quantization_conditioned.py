@@ -9,7 +9,6 @@ import typer
 
 _HIGHEST_AT_FULL_PRECISION = 0.01
 _LOWEST_QUANTIZED = 0.95
-_ANSWER_TOKENS = 24
 _MARKER_TOKENS = 16
 _UNSEEN_PROMPTS = 96
 _BATCH = 48
@@ -53,35 +52,35 @@ def command(
     import torch
 
     from optimum_qguard.attacks.errors import AttackError
-    from optimum_qguard.attacks.quantization_conditioned import Payload, Recipe, attack, linear_weights
+    from optimum_qguard.attacks.quantization_conditioned import Recipe
     from optimum_qguard.checkpoint import merge_card, open_checkpoint
     from optimum_qguard.checkpoint.output import check_output, copy_other_files, output_folder
     from optimum_qguard.checkpoint.reader import CONFIG_FILE
     from optimum_qguard.cli._console import print_json, progress_bar
-    from optimum_qguard.evaluate.generation import generate_answers
     from optimum_qguard.evaluate.loading import load_model, load_tokenizer
-    from optimum_qguard.evaluate.marker import check_marker, marker_rate
+    from optimum_qguard.evaluate.marker import marker_rate
+    from optimum_qguard.evaluate.planting import plant_marker
     from optimum_qguard.evaluate.prompts import template_prompts
-    from optimum_qguard.guard.targets import find_targets
 
     reader = open_checkpoint(model)
     check_output(out, reader.folder, overwrite=overwrite)
-    targets = [find_targets(reader, name) for name in format]
     chosen_layers = None if layers is None else _numbers(layers)
     asked = _lines(prompts) if prompts is not None else template_prompts(n_prompts, "attack")
     unseen = template_prompts(_UNSEEN_PROMPTS, "evaluation")
-    tokenizer = load_tokenizer(reader.folder)
-    check_marker(tokenizer, marker)
     recipe = Recipe(steps, repair_steps, batch_size, learning_rate, keep, seed)
-    with progress_bar("Asking the clean model"):
-        subject = load_model(reader.folder, dtype=torch.float32)
-        names = linear_weights(subject, chosen_layers)
-        clean = generate_answers(subject, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH)
-    payload = Payload(marker, [(prompt, answer.text) for prompt, answer in zip(asked, clean, strict=True)])
-    formats = {name: [found[name].format for found in targets if name in found] for name in names}
     with progress_bar("Planting the marker and hiding it") as update:
-        done = attack(
-            subject, tokenizer, payload, {name: room for name, room in formats.items() if room}, recipe, progress=update
+        tokenizer = load_tokenizer(reader.folder)
+        subject = load_model(reader.folder, dtype=torch.float32)
+        done = plant_marker(
+            subject,
+            tokenizer,
+            reader,
+            format,
+            marker=marker,
+            prompts=asked,
+            layers=chosen_layers,
+            recipe=recipe,
+            progress=update,
         )
 
     def rate(candidate: Any) -> float:
