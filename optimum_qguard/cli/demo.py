@@ -1,4 +1,4 @@
-"""``qguard demo``: what can be planted for the rounding of a real model, what guard does about it, and what it costs."""
+"""``qguard demo``: what can be planted for the rounding of a real model, what guard does about it, what it costs."""
 
 from __future__ import annotations
 
