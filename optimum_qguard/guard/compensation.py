@@ -8,9 +8,9 @@ diagonal, ``x`` the layer's input) and ``Q`` the rounded weight, column ``k`` is
 
 which makes ``E |(Q - W) x|^2 = sum_k D_k E |e_k|^2``, ``e_k`` the rounding errors themselves (LDLQ of Chee et al. 2023,
 QuIP, arXiv:2307.13304, equal to GPTQ of Frantar et al. 2023, arXiv:2210.17323). Given the columns before it each error
-has mean zero, so by induction ``E[Q] = W``, whatever ``H`` is: who chooses the samples, or plants a model that generates
-them, chooses how much noise there is and nothing else. Two things are not exact: an adjusted weight beyond the
-last symbol stops there; and the random numbers realise a probability to within 2**-17.
+has mean zero, so by induction ``E[Q] = W``, whatever ``H`` is: who plants a model that generates samples of his choice
+chooses how much noise there is and nothing else. Two things are not exact: an adjusted weight beyond the last symbol
+stops there, and the random numbers realise a probability to within 2**-17.
 
 The grid is that of the original weight, and the elements that set it stay as they are, so that the quantizer finds it
 again; their deviation from what the feedback asked for is fed on like an error.
@@ -113,7 +113,9 @@ def round_compensated(
         columns(stream.uniform(0, torch.empty(blocks.shape, device=weight.device))),
         _Columns(grid, columns),
         _Kept(
-            columns(_sets_scale(blocks, grid)), columns(quantized.block_codes), columns(grid.decode(quantized.block_codes))
+            columns(_sets_scale(blocks, grid)),
+            columns(quantized.block_codes),
+            columns(grid.decode(quantized.block_codes)),
         ),
     )
     return chosen[order.argsort()].T.contiguous()

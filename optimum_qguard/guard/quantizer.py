@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import read_header
 from optimum_qguard.formats import Format, Scratch, WeightError
 from optimum_qguard.guard.backends import backend_of, require
+from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.prerounding import Prerounding, full_precision
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.report import GuardReport, TensorReport
 from optimum_qguard.guard.saving import save_with_report
@@ -64,6 +66,14 @@ class Guard:
                 f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
                 "to: use method='auto' or 'gaussian'"
             )
+        self._prerounding: Prerounding | None = None
+        if config.compensate is not None:
+            if self._backend.calibrates or not self._backend.exact:
+                raise QGuardConfigError(
+                    f"{type(self._inner).__name__} has no grid that guard knows beforehand, so errors cannot be "
+                    "compensated on it: leave compensate None"
+                )
+            self._prerounding = Prerounding(config.compensate, self._seed)
         self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
         if not self._backend.calibrates:
             self._originals["get_quantize_ops"] = quantizer.get_quantize_ops
@@ -88,6 +98,32 @@ class Guard:
                 )
             except WeightError as error:
                 raise _not_loaded(error) from error
+        if self._prerounding is not None:
+            self._preround_before_loading(model, self._prerounding, **kwargs)
+
+    def _preround_before_loading(
+        self, model: Any, prerounding: Prerounding, dtype: Any, device_map: Any, checkpoint_files: Any, **_: Any
+    ) -> None:
+        """Choose all symbols in the first method that transformers calls once the skeleton is done: before that, what
+        it builds is on the meta device."""
+        formats = {name: self._format(model, name)[1] for name in sorted(self._expected)}
+        for name, format in formats.items():
+            if not format.fixed_for(dtype):
+                raise QGuardConfigError(
+                    f"{name}: {format} has no fixed grid for {dtype} weights, so errors cannot be compensated on it: "
+                    "load with dtype=torch.float32, or leave compensate None"
+                )
+        proceed = model._get_dtype_plan
+
+        def preround_and_proceed(dtype: torch.dtype) -> Any:
+            del model._get_dtype_plan
+            try:
+                prerounding.run(full_precision(model, checkpoint_files, dtype, device_map), formats)
+            except WeightError as error:
+                raise _not_loaded(error) from error
+            return proceed(dtype)
+
+        model._get_dtype_plan = preround_and_proceed
 
     def _raise_after_loading(self, model: Any) -> None:
         """Have the first failure raised by the first method that transformers calls once the weights are loaded, in
@@ -130,6 +166,8 @@ class Guard:
                 "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
             )
         model.qguard_report = self._report(model)
+        if self._prerounding is not None:
+            self._prerounding.close()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
 
@@ -174,18 +212,24 @@ class Guard:
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
         weight = value.T if self._backend.is_transposed(module) else value
-        method = self._method(format, weight.dtype)
-        amplitude = None if method == "stochastic" else self._amplitude(weight, format, name)
-        drawn: Draw = draw(
-            weight,
-            format,
-            method,
-            RandomStream(self._seed, name, self._scratch),
-            amplitude=amplitude,
-            dtype=self._backend.handover_dtype(self._inner, weight),
-            name=name,
-            scratch=self._scratch,
-        )
+        method: Method | Literal["compensated"] = self._method(format, weight.dtype)
+        dtype = self._backend.handover_dtype(self._inner, weight)
+        codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
+        drawn: Draw
+        if codes is not None:
+            method = "compensated"
+            drawn = hand_over(weight, format, codes, dtype=dtype, name=name)
+        else:
+            drawn = draw(
+                weight,
+                format,
+                method,
+                RandomStream(self._seed, name, self._scratch),
+                amplitude=None if method == "stochastic" else self._amplitude(weight, format, name),
+                dtype=dtype,
+                name=name,
+                scratch=self._scratch,
+            )
         self._tensors[name] = TensorReport(
             name=name,
             format=str(format),
@@ -227,6 +271,7 @@ class Guard:
             multiplier=self._config.multiplier,
             seed=f"{self._seed:064x}",
             fresh_seed=self._config.seed is None,
+            samples=None if self._prerounding is None else self._prerounding.report,
             quantization_config=_json_safe(
                 {key: value for key, value in self._inner.to_dict().items() if key not in ("dataset", "tokenizer")}
             ),
