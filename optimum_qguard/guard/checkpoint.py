@@ -8,9 +8,10 @@ Gaussian noise of the tensor's median half-width is added.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ from transformers import BitsAndBytesConfig
 from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
-from optimum_qguard.guard.architecture import name_and_revision, refuse_quantized
+from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
+from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
+from optimum_qguard.guard.prerounding import Prerounding
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
@@ -51,7 +54,8 @@ def guard_checkpoint(
         format: one of `checkpoint_formats`.
         overwrite: see `output_folder`.
         progress: called after each tensor; for ``noise="global"`` from the start again after calibrating.
-        options: ``method``, ``noise``, ``multiplier`` and ``seed`` as for `QGuardConfig`.
+        options: ``method``, ``noise``, ``multiplier``, ``compensate`` and ``seed`` as for `QGuardConfig`. With
+            ``compensate`` the whole model is in memory for a while.
 
     Raises:
         QGuardConfigError: options that make no sense, an unknown format.
@@ -69,6 +73,8 @@ def guard_checkpoint(
     targets = find_targets(reader, format)
     total = sum(target.weights for target in targets.values())
     noise = _Noise(guarding, reader, format, progress)
+    if guarding.compensate is not None:
+        noise.preround(guarding.compensate, targets, reader)
     tensors: list[TensorReport] = []
 
     def randomize(name: str, tensor: Tensor) -> Tensor:
@@ -102,6 +108,7 @@ def guard_checkpoint(
             multiplier=guarding.multiplier,
             seed=f"{noise.seed:064x}",
             fresh_seed=guarding.seed is None,
+            samples=None if noise.prerounding is None else noise.prerounding.report,
             quantization_config={"format": format},
             tensors=sorted(tensors, key=lambda tensor: tensor.name),
         )
@@ -119,14 +126,32 @@ class _Noise:
         self._amplitude = None if isinstance(config.noise, str) else float(config.noise)
         if config.noise == "global":
             self._amplitude = calibrate(reader, format, progress=progress).global_half_width
+        self.prerounding: Prerounding | None = None
 
-    def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method]:
+    def preround(self, samples: str | Sequence[str], targets: Mapping[str, Target], reader: CheckpointReader) -> None:
+        """Choose the symbols of all tensors whose quantizer will choose them again, with error feedback."""
+        formats = {
+            name: target.format
+            for name, target in targets.items()
+            if target.format.fixed_for(reader.tensors[name].dtype)
+        }
+        if not formats:
+            raise QGuardConfigError(
+                f"{next(iter(targets.values())).format} has no grid that guard knows beforehand, so errors cannot be "
+                "compensated on it: leave compensate None"
+            )
+        _, found = model_class(reader)
+        self.prerounding = Prerounding(samples, self.seed)
+        self.prerounding.run(found.from_pretrained(reader.folder, dtype="auto"), formats)
+
+    def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method | Literal["compensated"]]:
         """The randomized tensor in its own dtype, and the method that was used."""
         method = self._config.method
         if method == "stochastic" or (method == "auto" and not self._config.has_amplitude):
-            drawn = self._round(target, weight)
-            if drawn is not None:
-                return drawn, "stochastic"
+            for compensated in (True, False):
+                drawn = self._round(target, weight, compensated)
+                if drawn is not None:
+                    return drawn, "compensated" if compensated else "stochastic"
             if method == "stochastic":
                 raise QGuardConfigError(
                     f"{target.name}: {target.format} does not give stochastically rounded {weight.dtype} weights back "
@@ -139,12 +164,21 @@ class _Noise:
         amplitude = base * self._config.multiplier
         return draw(weight, target.format, method, self._stream(target), amplitude=amplitude, name=target.name), method
 
-    def _round(self, target: Target, weight: Tensor) -> Draw | None:
-        """Stochastic rounding, or ``None`` if the quantizer would not choose the same symbols for the rounded weights:
-        its grid is not known beforehand, or the weights' dtype cannot hold the grid (bfloat16 far from zero)."""
+    def _round(self, target: Target, weight: Tensor, compensated: bool) -> Draw | None:
+        """Stochastic rounding, with error feedback or without. ``None`` if there is no such, or if the quantizer would
+        not choose the same symbols for the rounded weights: its grid is not known beforehand, or the weights' dtype
+        cannot hold the grid (bfloat16 far from zero)."""
         if not target.format.fixed_for(weight.dtype):
             return None
-        exact = draw(weight, target.format, "stochastic", self._stream(target), dtype=torch.float32, name=target.name)
+        if compensated:
+            codes = None if self.prerounding is None else self.prerounding.codes(target.name, weight)
+            if codes is None:
+                return None
+            exact = hand_over(weight, target.format, codes, dtype=torch.float32, name=target.name)
+        else:
+            exact = draw(
+                weight, target.format, "stochastic", self._stream(target), dtype=torch.float32, name=target.name
+            )
         stored = exact.weight.to(weight.dtype)
         if weight.dtype != torch.float32:
             chosen = target.format.quantize(exact.weight, target.name).block_codes

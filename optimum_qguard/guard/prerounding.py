@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
-from optimum_qguard.formats import Format
+from optimum_qguard.formats import Format, WeightError, check_finite
 from optimum_qguard.guard.compensation import DAMPING, Feedback, feedback, round_compensated
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.random import RandomStream
@@ -42,6 +42,7 @@ class Prerounding:
         self._seed = seed
         self._damping = damping
         self._folder = tempfile.TemporaryDirectory(prefix="optimum-qguard-")
+        self._asked: set[str] = set()
         self._files: dict[str, Path] = {}
         self._digests: dict[str, bytes] = {}
         self.report: SamplesReport | None = None
@@ -56,9 +57,9 @@ class Prerounding:
         Raises:
             QGuardConfigError: samples that the model cannot have.
             WeightError: NaN or infinite weights.
-            QGuardError: a model whose weights are not at hand (it does not fit the device).
+            QGuardError: a model that cannot be run on the samples, or whose weights do not fit the device.
         """
-        input_ids = self._input_ids(model)
+        self._asked = set(formats)
         layers = {name.removesuffix(".weight"): name for name in formats if _is_linear(model, name)}
         last: tuple[Tensor | None, Feedback | None] = (None, None)
         progress = tqdm(total=len(layers), desc="Rounding with error feedback")
@@ -71,20 +72,34 @@ class Prerounding:
             self._round(layers[layer], module, formats[layers[layer]], last[1])
             progress.update()
 
-        with progress:
-            visit_second_moments(model, layers, input_ids, visit)
+        for layer, name in layers.items():
+            check_finite(model.get_submodule(layer).weight, name)
+        try:
+            with progress:
+                visit_second_moments(model, layers, self._input_ids(model), visit)
+        except (QGuardError, QGuardConfigError, WeightError):
+            raise
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise QGuardError(
+                f"compensate could not run {type(model).__name__} in full precision on samples: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def codes(self, name: str, weight: Tensor) -> Tensor | None:
-        """The symbols chosen for a tensor, ``(out_features, in_features)`` uint8; ``None`` if no sample reached it.
+        """The symbols chosen for a tensor, ``(out_features, in_features)`` uint8; ``None`` if no sample reached it (an
+        expert that no token was routed to, a tensor that is no linear layer's).
 
         Raises:
-            QGuardError: they were chosen for other weights than ``weight``.
+            QGuardError: they were chosen for other weights than ``weight``, or never asked for.
         """
+        if name not in self._asked:
+            raise QGuardError(f"{name}: is quantized but was not rounded; please report this with the model's name")
         if name not in self._files:
             return None
         if _digest(weight) != self._digests[name]:
             raise QGuardError(f"{name}: other weights are quantized than were rounded; did the checkpoint change?")
-        return load_file(self._files[name])["codes"]
+        codes: Tensor = load_file(self._files[name])["codes"]
+        return codes
 
     def close(self) -> None:
         """Delete the files."""
@@ -153,4 +168,5 @@ def _is_linear(model: Any, name: str) -> bool:
 
 
 def _digest(weight: Tensor) -> bytes:
-    return hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).digest()
+    data: Any = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.sha256(data).digest()

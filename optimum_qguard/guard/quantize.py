@@ -44,7 +44,7 @@ def quantize_checkpoint(
         group_size: for the formats that have one.
         calibration_texts: for a library that calibrates.
         overwrite: see `output_folder`.
-        options: ``method``, ``noise``, ``multiplier`` and ``seed`` as for `QGuardConfig`.
+        options: ``method``, ``noise``, ``multiplier``, ``compensate`` and ``seed`` as for `QGuardConfig`.
 
     Raises:
         QGuardConfigError: arguments that make no sense, an unknown format, a library that is not installed or whose

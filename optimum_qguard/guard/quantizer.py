@@ -109,9 +109,10 @@ class Guard:
         formats = {name: self._format(model, name)[1] for name in sorted(self._expected)}
         for name, format in formats.items():
             if not format.fixed_for(dtype):
+                way_out = "load with dtype=torch.float32, or " if format.fixed_for(torch.float32) else ""
                 raise QGuardConfigError(
                     f"{name}: {format} has no fixed grid for {dtype} weights, so errors cannot be compensated on it: "
-                    "load with dtype=torch.float32, or leave compensate None"
+                    f"{way_out}leave compensate None"
                 )
         proceed = model._get_dtype_plan
 
@@ -119,7 +120,7 @@ class Guard:
             del model._get_dtype_plan
             try:
                 prerounding.run(full_precision(model, checkpoint_files, dtype, device_map), formats)
-            except WeightError as error:
+            except (WeightError, QGuardError) as error:
                 raise _not_loaded(error) from error
             return proceed(dtype)
 
@@ -212,24 +213,7 @@ class Guard:
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
         weight = value.T if self._backend.is_transposed(module) else value
-        method: Method | Literal["compensated"] = self._method(format, weight.dtype)
-        dtype = self._backend.handover_dtype(self._inner, weight)
-        codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
-        drawn: Draw
-        if codes is not None:
-            method = "compensated"
-            drawn = hand_over(weight, format, codes, dtype=dtype, name=name)
-        else:
-            drawn = draw(
-                weight,
-                format,
-                method,
-                RandomStream(self._seed, name, self._scratch),
-                amplitude=None if method == "stochastic" else self._amplitude(weight, format, name),
-                dtype=dtype,
-                name=name,
-                scratch=self._scratch,
-            )
+        drawn, method = self._draw(weight, format, name)
         self._tensors[name] = TensorReport(
             name=name,
             format=str(format),
@@ -240,6 +224,24 @@ class Guard:
             sampled=drawn.sampled,
         )
         return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
+
+    def _draw(self, weight: Tensor, format: Format, name: str) -> tuple[Draw, Method | Literal["compensated"]]:
+        dtype = self._backend.handover_dtype(self._inner, weight)
+        codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
+        if codes is not None:
+            return hand_over(weight, format, codes, dtype=dtype, name=name), "compensated"
+        method = self._method(format, weight.dtype)
+        drawn = draw(
+            weight,
+            format,
+            method,
+            RandomStream(self._seed, name, self._scratch),
+            amplitude=None if method == "stochastic" else self._amplitude(weight, format, name),
+            dtype=dtype,
+            name=name,
+            scratch=self._scratch,
+        )
+        return drawn, method
 
     def _format(self, model: nn.Module, name: str) -> tuple[nn.Module, Format]:
         module = model.get_submodule(name.rpartition(".")[0])

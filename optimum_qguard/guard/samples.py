@@ -36,8 +36,8 @@ class SamplesReport(BaseModel):
 
 @torch.no_grad()
 def generate_samples(model: Any, seed: int, sequences: int = SEQUENCES, length: int = LENGTH) -> Tensor:
-    """Sequences that the model itself makes up, sampled at temperature 1 from the token that begins a text (where there is none,
-    from a random one each).
+    """Sequences that the model itself makes up, sampled at temperature 1 from the token that begins a text (where
+    there is none, from a random one each).
 
     An end of text does not end a sequence: as in pretraining, the next text follows.
 
