@@ -9,8 +9,11 @@ diagonal, ``x`` the layer's input) and ``Q`` the rounded weight, column ``k`` is
 which makes ``E |(Q - W) x|^2 = sum_k D_k E |e_k|^2``, ``e_k`` the rounding errors themselves (LDLQ of Chee et al. 2023,
 QuIP, arXiv:2307.13304, equal to GPTQ of Frantar et al. 2023, arXiv:2210.17323). Given the columns before it each error
 has mean zero, so by induction ``E[Q] = W``, whatever ``H`` is: who plants a model that generates samples of his choice
-chooses how much noise there is and nothing else. Two things are not exact: an adjusted weight beyond the last symbol
-stops there, and the random numbers realise a probability to within 2**-17.
+chooses how much noise there is and nothing else.
+
+What cannot be represented would be biased: a weight near the alphabet's end, adjusted beyond it, would be pulled back,
+always inwards. So the adjustment of a weight is limited, on both sides alike, to its distance from the nearer end:
+sums of many independent errors are as often positive as negative, and so the limited ones have mean zero too.
 
 The grid is that of the original weight, and the elements that set it stay as they are, so that the quantizer finds it
 again; their deviation from what the feedback asked for is fed on like an error.
@@ -158,35 +161,39 @@ def _sets_scale(values: Tensor, grid: Grid) -> Tensor:
 
 
 class _Columns:
-    """A grid spread over columns: rounds one column ``(out_features,)`` after the other."""
+    """A grid spread over columns. *Units* are those of the alphabet, on the grid that is decoded."""
 
     def __init__(self, grid: Grid, columns: Callable[[Tensor], Tensor]) -> None:
         scale = grid.scale if grid.decode_scale is None else grid.decode_scale
         offset = grid.offset if grid.decode_offset is None else grid.decode_offset
         self._scale = columns(scale)
-        self._inverse = columns(torch.where(scale != 0, 1 / scale, 0))
+        self.inverse = columns(torch.where(scale != 0, 1 / scale, 0))
         self._offset = None if offset is None else columns(offset)
         self._alphabet, self._inner, self._gaps = grid.alphabet, grid.alphabet[1:-1], grid.alphabet.diff()
         self._low, self._high = float(grid.alphabet[grid.first]), float(grid.alphabet[-1])
         self._zero = float(grid.alphabet[0]) if grid.is_uniform else None
 
-    def round(self, index: int, values: Tensor, uniform: Tensor, codes: Tensor) -> Tensor:
-        """Fill ``codes`` (uint8) with the symbols; return what they decode to. Overwrites ``values``."""
-        offset = None if self._offset is None else self._offset[index]
-        units = values if offset is None else values.sub_(offset)
-        units.mul_(self._inverse[index])
+    def units(self, part: slice, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``values`` of some columns in units, and how far each is from the nearer end of the alphabet."""
+        units = (
+            values * self.inverse[part] if self._offset is None else (values - self._offset[part]) * self.inverse[part]
+        )
+        units.clamp_(self._low, self._high)
+        return units, torch.minimum(units - self._low, self._high - units)
+
+    def round(self, index: int, units: Tensor, uniform: Tensor, codes: Tensor) -> Tensor:
+        """Fill ``codes`` (uint8) with the symbols of a column; return what they decode to. Overwrites its arguments."""
         if self._zero is not None:
             chosen = units.add_(uniform).floor_().clamp_(self._low, self._high)
             codes.copy_(chosen - self._zero if self._zero else chosen)
         else:
-            units.clamp_(self._low, self._high)
             below = bucketize(units, self._inner, right=True)
-            reached = units.sub_(self._alphabet.index_select(0, below))
-            below += reached > uniform.mul_(self._gaps.index_select(0, below))
+            above = units.sub_(self._alphabet.index_select(0, below))
+            below += above > uniform.mul_(self._gaps.index_select(0, below))
             codes.copy_(below)
             chosen = self._alphabet.index_select(0, below)
         chosen.mul_(self._scale[index])
-        return chosen if offset is None else chosen.add_(offset)
+        return chosen if self._offset is None else chosen.add_(self._offset[index])
 
 
 class _Kept:
@@ -209,12 +216,14 @@ def _round_columns(work: Tensor, upper: Tensor, uniform: Tensor, grid: _Columns,
     deviation of what is decoded from the weight."""
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, len(work), _COLUMNS):
-        end = min(start + _COLUMNS, len(work))
-        adjusted = torch.addmm(work[start:end], upper[:start, start:end].T, work[:start], alpha=-1)
-        for index in range(start, end):
-            values = adjusted[index - start]
-            values.addmv_(work[start:index].T, upper[start:index, index], alpha=-1)
-            decoded = grid.round(index, values, uniform[index], codes[index])
+        part = slice(start, min(start + _COLUMNS, len(work)))
+        shifts = torch.mm(upper[:start, part].T, work[:start])
+        units, room = grid.units(part, work[part])
+        for index in range(part.start, part.stop):
+            column = index - start
+            shift = shifts[column].addmv_(work[start:index].T, upper[start:index, index]).mul_(grid.inverse[index])
+            shift = torch.clamp(shift, -room[column], room[column])
+            decoded = grid.round(index, units[column].sub_(shift), uniform[index], codes[index])
             kept.restore(index, codes[index], decoded)
             torch.sub(decoded, work[index], out=work[index])
     return codes
