@@ -16,7 +16,7 @@ always inwards. So the adjustment of a weight is limited, on both sides alike, t
 sums of many independent errors are as often positive as negative, and so the limited ones have mean zero too.
 
 The grid is that of the original weight, and the elements that set it stay as they are, so that the quantizer finds it
-again; their deviation from what the feedback asked for is fed on like an error.
+again.
 """
 
 from __future__ import annotations
@@ -115,11 +115,7 @@ def round_compensated(
         feedback.upper,
         columns(stream.uniform(0, torch.empty(blocks.shape, device=weight.device))),
         _Columns(grid, columns),
-        _Kept(
-            columns(_sets_scale(blocks, grid)),
-            columns(quantized.block_codes),
-            columns(grid.decode(quantized.block_codes)),
-        ),
+        _Kept(columns(_sets_scale(blocks, grid)), columns(quantized.block_codes)),
     )
     return chosen[order.argsort()].T.contiguous()
 
@@ -192,38 +188,43 @@ class _Columns:
             below += above > uniform.mul_(self._gaps.index_select(0, below))
             codes.copy_(below)
             chosen = self._alphabet.index_select(0, below)
-        chosen.mul_(self._scale[index])
-        return chosen if self._offset is None else chosen.add_(self._offset[index])
+        return self.decode(index, chosen)
+
+    def decode(self, part: slice | int, units: Tensor) -> Tensor:
+        """Values of ``units`` of some columns."""
+        values = units * self._scale[part]
+        return values if self._offset is None else values.add_(self._offset[part])
 
 
 class _Kept:
-    """The weights that set a scale, column by column: where they are, and the symbols and values that they become."""
+    """The weights that set a scale, column by column: where they are, and the symbols that they become."""
 
-    def __init__(self, mask: Tensor, codes: Tensor, values: Tensor) -> None:
-        self._rows = mask.nonzero()[:, 1]
-        self._codes, self._values = codes[mask], values[mask]
+    def __init__(self, mask: Tensor, codes: Tensor) -> None:
+        self._rows, self._codes = mask.nonzero()[:, 1], codes[mask]
         self._ends = [0, *mask.sum(1).cumsum(0).tolist()]
 
-    def restore(self, index: int, codes: Tensor, decoded: Tensor) -> None:
+    def restore(self, index: int, codes: Tensor, deviations: Tensor) -> None:
+        """Put a column's symbols back. They are no random choice, so there is no error to feed on."""
         part = slice(self._ends[index], self._ends[index + 1])
         if part.start < part.stop:
             codes.index_copy_(0, self._rows[part], self._codes[part])
-            decoded.index_copy_(0, self._rows[part], self._values[part])
+            deviations.index_fill_(0, self._rows[part], 0)
 
 
 def _round_columns(work: Tensor, upper: Tensor, uniform: Tensor, grid: _Columns, kept: _Kept) -> Tensor:
     """Symbols, uint8, of ``work`` ``(in_features, out_features)``, which is overwritten: rows that are done hold the
-    deviation of what is decoded from the weight."""
+    deviation of what is decoded from the weight (from the last symbol, for a weight beyond it)."""
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, len(work), _COLUMNS):
         part = slice(start, min(start + _COLUMNS, len(work)))
         shifts = torch.mm(upper[:start, part].T, work[:start])
         units, room = grid.units(part, work[part])
+        targets = grid.decode(part, units)
         for index in range(part.start, part.stop):
             column = index - start
             shift = shifts[column].addmv_(work[start:index].T, upper[start:index, index]).mul_(grid.inverse[index])
             shift = torch.clamp(shift, -room[column], room[column])
             decoded = grid.round(index, units[column].sub_(shift), uniform[index], codes[index])
-            kept.restore(index, codes[index], decoded)
-            torch.sub(decoded, work[index], out=work[index])
+            torch.sub(decoded, targets[column], out=work[index])
+            kept.restore(index, codes[index], work[index])
     return codes
