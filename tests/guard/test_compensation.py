@@ -73,13 +73,13 @@ def test_weights_near_the_end_are_not_pulled_inwards() -> None:
     weight = random_weight(1).clamp(-0.02, 0.02)
     weight[:, ::64], weight[:, 1::64] = 0.04, -0.04
     near = torch.arange(COLUMNS) % 8 == 5
-    weight[:, near] = 0.0385
+    weight[:, near] = 0.0396
     format = get_format("nf4")
     weight = weight.repeat(4 * SEEDS, 1)
     error = (format.quantize(hand_over(weight, format, rounded(weight, format)).weight).dequantize() - weight)[:, near]
-    step = 0.04 * (1 - 0.7229568362236023)
-    assert float(error.std(0).min()) > 0.3 * step
-    assert abs(float(error.mean())) < 0.01 * step
+    deviation = error.double().std(0)
+    assert float(deviation.min()) > 0.1 * 0.04 * (1 - 0.7229568362236023), "they were not rounded at random"
+    assert float((error.double().mean(0) / deviation * math.sqrt(len(error))).abs().max()) < 4.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
