@@ -13,8 +13,8 @@ from torch import Tensor
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.random import SEED_BYTES
 
-SEQUENCES = 32
-LENGTH = 256
+SEQUENCES = 64
+LENGTH = 128
 LEAST_TOKENS = 256
 _DOMAIN = b"optimum-qguard samples 1\0"
 
