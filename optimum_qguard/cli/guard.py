@@ -30,6 +30,15 @@ def command(
         str, typer.Option(help="Amplitude of gaussian or uniform noise: per_layer, global or a number.")
     ] = "per_layer",
     multiplier: Annotated[float, typer.Option(help="Factor on that amplitude.")] = 1.0,
+    compensate: Annotated[
+        str | None,
+        typer.Option(
+            help="Push rounding errors onto later weights, by what the model's layers read on its own generations "
+            "(auto) or on a text file.",
+            metavar="auto|FILE",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         str | None, typer.Option(help="Only to repeat an experiment: by default the noise cannot be foreseen.")
     ] = None,
@@ -58,6 +67,7 @@ def command(
         "method": method,
         "noise": _number(noise),
         "multiplier": multiplier,
+        "compensate": compensate if compensate in (None, "auto") else _calibration_texts(Path(compensate)),
         "seed": _seed(seed),
         "overwrite": overwrite,
     }

@@ -8,9 +8,10 @@ Gaussian noise of the tensor's median half-width is added.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from transformers import BitsAndBytesConfig
 from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
-from optimum_qguard.guard.architecture import name_and_revision, refuse_quantized
+from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
+from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Draw, Method, draw
 from optimum_qguard.guard.outliers import clip_outliers
+from optimum_qguard.guard.prerounding import Prerounding
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
@@ -53,7 +56,8 @@ def guard_checkpoint(
         format: one of `checkpoint_formats`.
         overwrite: see `output_folder`.
         progress: called after each tensor; for ``noise="global"`` from the start again after calibrating.
-        options: ``method``, ``noise``, ``multiplier``, ``clip_outliers`` and ``seed`` as for `QGuardConfig`.
+        options: ``method``, ``noise``, ``multiplier``, ``compensate``, ``clip_outliers`` and ``seed`` as for
+            `QGuardConfig`. With ``compensate`` the whole model is in memory for a while.
 
     Raises:
         QGuardConfigError: options that make no sense, an unknown format.
@@ -78,15 +82,25 @@ def guard_checkpoint(
         files = [reader.file(shard) for shard in reader.shards]
         rescalings = find_balanced_outliers(files, str(reader.config.get("model_type")), targets)
 
-    def randomize(name: str, tensor: Tensor) -> Tensor:
+    def mend(name: str, tensor: Tensor) -> tuple[Tensor, int]:
+        """The tensor without planted outliers, and how many were clipped."""
         for rescaling in rescalings.get(name, ()):
             tensor = rescaling.apply(tensor)
+        if name not in targets or guarding.outlier_threshold is None:
+            return tensor, 0
+        target = targets[name]
+        weight, clipped = clip_outliers(target.oriented(tensor), target.format, guarding.outlier_threshold)
+        return target.oriented(weight), clipped
+
+    if guarding.compensate is not None:
+        noise.preround(guarding.compensate, targets, reader, mend)
+
+    def randomize(name: str, tensor: Tensor) -> Tensor:
+        tensor, clipped = mend(name, tensor)
         if name not in targets:
             return tensor
         target = targets[name]
-        weight, clipped = target.oriented(tensor), 0
-        if guarding.outlier_threshold is not None:
-            weight, clipped = clip_outliers(weight, target.format, guarding.outlier_threshold)
+        weight = target.oriented(tensor)
         drawn, method = noise.draw(target, weight)
         tensors.append(
             TensorReport(
@@ -116,6 +130,7 @@ def guard_checkpoint(
             multiplier=guarding.multiplier,
             seed=f"{noise.seed:064x}",
             fresh_seed=guarding.seed is None,
+            samples=None if noise.prerounding is None else noise.prerounding.report,
             quantization_config={"format": format},
             tensors=sorted(tensors, key=lambda tensor: tensor.name),
         )
@@ -136,14 +151,42 @@ class _Noise:
             self._amplitude = calibrate(
                 reader, format, progress=progress, outlier_threshold=config.outlier_threshold
             ).global_half_width
+        self.prerounding: Prerounding | None = None
 
-    def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method]:
+    def preround(
+        self,
+        samples: str | Sequence[str],
+        targets: Mapping[str, Target],
+        reader: CheckpointReader,
+        mend: Callable[[str, Tensor], tuple[Tensor, int]],
+    ) -> None:
+        """Choose the symbols of all tensors whose quantizer will choose them again, with error feedback, of the model
+        as ``mend`` makes its tensors."""
+        formats = {
+            name: target.format
+            for name, target in targets.items()
+            if target.format.fixed_for(reader.tensors[name].dtype)
+        }
+        if not formats:
+            raise QGuardConfigError(
+                f"{next(iter(targets.values())).format} has no grid that guard knows beforehand, so errors cannot be "
+                "compensated on it: leave compensate None"
+            )
+        _, found = model_class(reader)
+        self.prerounding = Prerounding(samples, self.seed)
+        model = found.from_pretrained(reader.folder, dtype="auto")
+        for name, parameter in model.named_parameters():
+            parameter.data = mend(name, parameter.data)[0]
+        self.prerounding.run(model, formats)
+
+    def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method | Literal["compensated"]]:
         """The randomized tensor in its own dtype, and the method that was used."""
         method = self._config.method
         if method == "stochastic" or (method == "auto" and not self._config.has_amplitude):
-            drawn = self._round(target, weight)
-            if drawn is not None:
-                return drawn, "stochastic"
+            for compensated in (True, False):
+                drawn = self._round(target, weight, compensated)
+                if drawn is not None:
+                    return drawn, "compensated" if compensated else "stochastic"
             if method == "stochastic":
                 raise QGuardConfigError(
                     f"{target.name}: {target.format} does not give stochastically rounded {weight.dtype} weights back "
@@ -161,12 +204,21 @@ class _Noise:
         )
         return drawn, method
 
-    def _round(self, target: Target, weight: Tensor) -> Draw | None:
-        """Stochastic rounding, or ``None`` if the quantizer would not choose the same symbols for the rounded weights:
-        its grid is not known beforehand, or the weights' dtype cannot hold the grid (bfloat16 far from zero)."""
+    def _round(self, target: Target, weight: Tensor, compensated: bool) -> Draw | None:
+        """Stochastic rounding, with error feedback or without. ``None`` if there is no such, or if the quantizer would
+        not choose the same symbols for the rounded weights: its grid is not known beforehand, or the weights' dtype
+        cannot hold the grid (bfloat16 far from zero)."""
         if not target.format.fixed_for(weight.dtype):
             return None
-        exact = draw(weight, target.format, "stochastic", self._stream(target), dtype=torch.float32, name=target.name)
+        if compensated:
+            codes = None if self.prerounding is None else self.prerounding.codes(target.name, weight)
+            if codes is None:
+                return None
+            exact = hand_over(weight, target.format, codes, dtype=torch.float32, name=target.name)
+        else:
+            exact = draw(
+                weight, target.format, "stochastic", self._stream(target), dtype=torch.float32, name=target.name
+            )
         stored = exact.weight.to(weight.dtype)
         if weight.dtype != torch.float32:
             chosen = target.format.quantize(exact.weight, target.name).block_codes

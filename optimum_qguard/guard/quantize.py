@@ -42,7 +42,8 @@ def quantize_checkpoint(
         group_size: for the formats that have one.
         calibration_texts: for a library that calibrates.
         overwrite: see `output_folder`.
-        options: ``method``, ``noise``, ``multiplier``, ``clip_outliers`` and ``seed`` as for `QGuardConfig`.
+        options: ``method``, ``noise``, ``multiplier``, ``compensate``, ``clip_outliers`` and ``seed`` as for
+            `QGuardConfig`.
 
     Raises:
         QGuardConfigError: arguments that make no sense, an unknown format, a library that is not installed or whose

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
@@ -33,10 +34,12 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import read_header
 from optimum_qguard.formats import Format, Scratch, WeightError
 from optimum_qguard.guard.backends import backend_of, require
+from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
 from optimum_qguard.guard.outliers import clip_outliers
+from optimum_qguard.guard.prerounding import Prerounding, full_precision
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import GuardReport, TensorReport
@@ -67,6 +70,14 @@ class Guard:
                 f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
                 "to: use method='auto' or 'gaussian'"
             )
+        self._prerounding: Prerounding | None = None
+        if config.compensate is not None:
+            if self._backend.calibrates or not self._backend.exact:
+                raise QGuardConfigError(
+                    f"{type(self._inner).__name__} has no grid that guard knows beforehand, so errors cannot be "
+                    "compensated on it: leave compensate None"
+                )
+            self._prerounding = Prerounding(config.compensate, self._seed)
         self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
         if not self._backend.calibrates:
             self._originals["get_quantize_ops"] = quantizer.get_quantize_ops
@@ -94,6 +105,35 @@ class Guard:
                 )
             except WeightError as error:
                 raise _not_loaded(error) from error
+        if self._prerounding is not None:
+            self._preround_before_loading(model, self._prerounding, **kwargs)
+
+    def _preround_before_loading(
+        self, model: Any, prerounding: Prerounding, dtype: Any, device_map: Any, checkpoint_files: Any, **_: Any
+    ) -> None:
+        """Choose all symbols in the first method that transformers calls once the skeleton is done: before that, what
+        it builds is on the meta device."""
+        formats = {name: self._format(model, name)[1] for name in sorted(self._expected)}
+        for name, format in formats.items():
+            if not format.fixed_for(dtype):
+                way_out = "load with dtype=torch.float32, or " if format.fixed_for(torch.float32) else ""
+                raise QGuardConfigError(
+                    f"{name}: {format} has no fixed grid for {dtype} weights, so errors cannot be compensated on it: "
+                    f"{way_out}leave compensate None"
+                )
+        proceed = model._get_dtype_plan
+
+        def preround_and_proceed(dtype: torch.dtype) -> Any:
+            del model._get_dtype_plan
+            try:
+                full = full_precision(model, checkpoint_files, dtype, device_map)
+                self._mend(full)
+                prerounding.run(full, formats)
+            except (WeightError, QGuardError) as error:
+                raise _not_loaded(error) from error
+            return proceed(dtype)
+
+        model._get_dtype_plan = preround_and_proceed
 
     def _raise_after_loading(self, model: Any) -> None:
         """Have the first failure raised by the first method that transformers calls once the weights are loaded, in
@@ -138,6 +178,8 @@ class Guard:
         self._rescale_norms(model)
         model.qguard_report = self._report(model)
         model.qguard_report.warn_if_clipped()
+        if self._prerounding is not None:
+            self._prerounding.close()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
 
@@ -179,9 +221,23 @@ class Guard:
         except WeightError as error:
             raise _not_loaded(error) from error
 
+    @torch.no_grad()
+    def _mend(self, model: nn.Module) -> None:
+        """Clip in the full-precision model what will be clipped on the way to the quantizer: symbols are to be chosen
+        for the same weights, and samples to see them."""
+        if self._config.outlier_threshold is None:
+            return
+        for name, parameter in model.named_parameters():
+            if name in self._expected and not parameter.is_meta:
+                module, format = self._format(model, name)
+                transposed = isinstance(module, Conv1D)
+                weight, _ = self._clip(parameter.data.T if transposed else parameter.data, format, name)
+                parameter.data = weight.T if transposed else weight
+        self._rescale_norms(model)
+
     def _rescale_norms(self, model: nn.Module) -> None:
         """The other half of what `_clip` does to the weights that are quantized."""
-        for name in self._rescalings.keys() - self._tensors.keys():
+        for name in self._rescalings.keys() - self._expected:
             parameter = model.get_parameter(name)
             if parameter.is_meta:
                 raise QGuardError(
@@ -194,21 +250,7 @@ class Guard:
     def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
         module, format = self._format(model, name)
         weight, clipped = self._clip(value.T if self._backend.is_transposed(module) else value, format, name)
-        method = self._method(format, weight.dtype)
-        # Per layer there is none yet: `draw` takes the tensor's own half-width.
-        base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
-        amplitude = None if method == "stochastic" or base is None else base * self._config.multiplier
-        drawn: Draw = draw(
-            weight,
-            format,
-            method,
-            RandomStream(self._seed, name, self._scratch),
-            amplitude=amplitude,
-            half_widths=self._config.multiplier,
-            dtype=self._backend.handover_dtype(self._inner, weight),
-            name=name,
-            scratch=self._scratch,
-        )
+        drawn, method = self._draw(weight, format, name)
         self._tensors[name] = TensorReport(
             name=name,
             format=str(format),
@@ -221,6 +263,27 @@ class Guard:
             rescaled=rescaled_channels(self._rescalings.get(name, ())),
         )
         return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
+
+    def _draw(self, weight: Tensor, format: Format, name: str) -> tuple[Draw, Method | Literal["compensated"]]:
+        dtype = self._backend.handover_dtype(self._inner, weight)
+        codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
+        if codes is not None:
+            return hand_over(weight, format, codes, dtype=dtype, name=name), "compensated"
+        method = self._method(format, weight.dtype)
+        # Per layer there is none yet: `draw` takes the tensor's own half-width.
+        base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
+        drawn = draw(
+            weight,
+            format,
+            method,
+            RandomStream(self._seed, name, self._scratch),
+            amplitude=None if method == "stochastic" or base is None else base * self._config.multiplier,
+            half_widths=self._config.multiplier,
+            dtype=dtype,
+            name=name,
+            scratch=self._scratch,
+        )
+        return drawn, method
 
     def _format(self, model: nn.Module, name: str) -> tuple[nn.Module, Format]:
         module = model.get_submodule(name.rpartition(".")[0])
@@ -252,6 +315,7 @@ class Guard:
             multiplier=self._config.multiplier,
             seed=f"{self._seed:064x}",
             fresh_seed=self._config.seed is None,
+            samples=None if self._prerounding is None else self._prerounding.report,
             quantization_config=_json_safe(
                 {key: value for key, value in self._inner.to_dict().items() if key not in ("dataset", "tokenizer")}
             ),

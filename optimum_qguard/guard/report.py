@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.card import merge_card
+from optimum_qguard.guard.samples import SamplesReport
 
 REPORT_FILE = "qguard.json"
 TAGS = ("quantization-guarded", "qguard")
@@ -25,7 +26,7 @@ class TensorReport(BaseModel):
         format: what the quantizer did to it, a `Format`'s description.
         method: how its rounding was randomized.
         amplitude: standard deviation (gaussian) or half range (uniform) of its noise, in the weights' units; ``None``
-            for stochastic rounding.
+            for stochastic rounding, with error feedback ("compensated") or without.
         weights: how many weights it has.
         share_changed: share of its weights that left their cell, counted on ``sampled`` of them.
         sampled: see ``share_changed``.
@@ -37,7 +38,7 @@ class TensorReport(BaseModel):
 
     name: str
     format: str
-    method: Literal["stochastic", "gaussian", "uniform"]
+    method: Literal["stochastic", "compensated", "gaussian", "uniform"]
     amplitude: float | None = Field(ge=0)
     weights: int = Field(ge=0)
     share_changed: float = Field(ge=0, le=1)
@@ -56,6 +57,7 @@ class GuardReport(BaseModel):
         model: what was loaded, as it was named, and ``revision``, the Hub's commit if there was one.
         method, noise, multiplier: of the `QGuardConfig`.
         seed: 64 hexadecimal digits; with it and the same model the noise can be drawn again.
+        samples: what the inputs of layers were measured on, for error feedback; ``None`` without it.
         fresh_seed: whether the operating system drew the seed for this load; if not, it was known beforehand.
         quantization_config: the quantizer's own configuration.
         tensors: every tensor that the quantizer quantized.
@@ -73,6 +75,7 @@ class GuardReport(BaseModel):
     multiplier: float
     seed: str = Field(pattern="^[0-9a-f]{64}$")
     fresh_seed: bool
+    samples: SamplesReport | None = None
     quantization_config: dict[str, Any]
     tensors: list[TensorReport]
 
@@ -109,7 +112,12 @@ class GuardReport(BaseModel):
     @property
     def described_method(self) -> str:
         """The methods that were really used, in words."""
-        words = {"stochastic": "unbiased stochastic rounding", "gaussian": "Gaussian noise", "uniform": "uniform noise"}
+        words = {
+            "stochastic": "unbiased stochastic rounding",
+            "compensated": "unbiased stochastic rounding with error feedback",
+            "gaussian": "Gaussian noise",
+            "uniform": "uniform noise",
+        }
         return " and ".join(words[method] for method in sorted({tensor.method for tensor in self.tensors}))
 
     def warn_if_clipped(self) -> None:

@@ -280,6 +280,23 @@ def test_a_dataset_that_is_no_text(refused: Callable[..., str], model: Path, tmp
         assert message in refused(*arguments)
 
 
+@pytest.mark.parametrize("format", ["bnb-nf4", "gguf-q8_0"])
+def test_error_feedback(qguard: Callable[..., Any], model: Path, tmp_path: Path, format: str) -> None:
+    result = qguard("guard", model, tmp_path / "out", "--format", format, "--compensate", "auto", "--json")
+    methods = {tensor["name"]: tensor["method"] for tensor in result.json["report"]["tensors"]}
+    assert methods["model.layers.1.mlp.up_proj.weight"] == "compensated"
+    assert result.json["report"]["samples"]["kind"] == "own generations"
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "gguf-q8_0"])
+def test_error_feedback_that_cannot_be(refused: Callable[..., str], model: Path, tmp_path: Path, format: str) -> None:
+    (tmp_path / "text.txt").write_text("some text\n")
+    arguments = ["guard", model, tmp_path / "out", "--format", format, "--compensate"]
+    assert "cannot be read as text" in refused(*arguments, tmp_path / "none.txt")
+    assert "has no tokenizer" in refused(*arguments, tmp_path / "text.txt")
+    assert "method 'auto' or 'stochastic'" in refused(*arguments, "auto", "--method", "gaussian")
+
+
 @pytest.mark.real_model
 def test_the_real_model_answers(qguard: Callable[..., Any], tmp_path: Path) -> None:
     libgguf = pytest.importorskip("libgguf")

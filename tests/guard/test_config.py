@@ -50,7 +50,10 @@ def configs(draw: st.DrawFn) -> QGuardConfig:
     method = draw(st.sampled_from(["auto", "stochastic", "gaussian", "uniform"]))
     amplitude = {} if method == "stochastic" else {"noise": draw(NOISE), "multiplier": draw(AMPLITUDES)}
     clip = draw(st.sampled_from([None, "auto", 16.0]))
-    return QGuardConfig(draw(INNER), method=method, clip_outliers=clip, seed=draw(SEEDS), **amplitude)
+    compensate = draw(st.sampled_from([None, "auto"]) | st.lists(st.text(), min_size=1)) if not amplitude else None
+    return QGuardConfig(
+        draw(INNER), method=method, clip_outliers=clip, seed=draw(SEEDS), compensate=compensate, **amplitude
+    )
 
 
 def assert_equal(left: QuantizationConfigMixin, right: QGuardConfig) -> None:
@@ -152,11 +155,18 @@ def test_an_inner_configuration_may_be_a_dict() -> None:
         ({"seed": "xyz"}, "seed is 'xyz'"),
         ({"seed": 1.0}, "seed is 1.0"),
         ({"seed": True}, "seed is True"),
-        ({"compensate": "auto"}, "compensate is not available"),
         ({"clip_outliers": 1.0}, "clip_outliers is 1.0"),
         ({"clip_outliers": math.nan}, "clip_outliers is nan"),
         ({"clip_outliers": True}, "clip_outliers is True"),
         ({"clip_outliers": "always"}, "clip_outliers is 'always'"),
+        ({"compensate": "yes"}, "compensate is 'yes'; it is 'auto', a list of texts"),
+        ({"compensate": []}, "a list of texts"),
+        ({"compensate": [1]}, "a list of texts"),
+        ({"compensate": True}, "a list of texts"),
+        ({"compensate": "auto", "method": "gaussian"}, "compensate is a way of stochastic rounding"),
+        ({"compensate": "auto", "method": "uniform"}, "compensate is a way of stochastic rounding"),
+        ({"compensate": "auto", "noise": 0.1}, "no noise and no multiplier"),
+        ({"compensate": "auto", "multiplier": 0.5}, "no noise and no multiplier"),
         ({"quant_method": "bitsandbytes"}, "'qguard'"),
     ],
     ids=str,
