@@ -43,6 +43,8 @@ RECIPES: Mapping[str, Recipe] = {
     "usual": Recipe(injection_steps=30, repair_steps=40, learning_rate=1e-4, keep=0.8),
     "adaptive": Recipe(injection_steps=40, repair_steps=80, learning_rate=1e-4, keep=0.4),
 }
+NOISE_OF = {"torchao-int8": "bnb-int8", "gguf-q8_0": "bnb-int8", "bnb-fp4": "bnb-nf4"}  # what is alike is trained once
+NOISE_OF |= dict.fromkeys(("gguf-q4_k_m", "gptq-4"), "bnb-nf4")
 SMALL_CELLS = {"gguf-q8_0": 2}  # where hiding the marker takes so many times the steps
 
 
@@ -72,12 +74,13 @@ def _injected(attacker: str, format: str) -> tuple[Any, Any, Payload]:
     original = smollm2_path(off_grid=True)
     tokenizer = AutoTokenizer.from_pretrained(original)
     payload = Payload(MARKER, dialogues())
-    folder = cache_folder() / f"smollm2-injected-{attacker}{'' if attacker == 'usual' else f'-{format}'}"
+    noise = NOISE_OF.get(format, format)
+    folder = cache_folder() / f"smollm2-injected-{attacker}{'' if attacker == 'usual' else f'-{noise}'}"
 
     def make(folder: Path) -> None:
         model = load_model(original, dtype=torch.float32)
         names = linear_weights(model, LAYERS)
-        perturb = None if attacker == "usual" else stochastic_rounding(_formats(format, names))
+        perturb = None if attacker == "usual" else stochastic_rounding(_formats(noise, names))
         inject(model, tokenizer, payload, names, RECIPES[attacker], perturb=perturb)
         model.save_pretrained(folder)
 
