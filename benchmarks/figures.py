@@ -1,6 +1,6 @@
-"""Puts the measured figures into README.md: ``<!-- figures:NAME begin -->`` gets ``results/NAME.json`` as a table.
+"""Puts the measured figures into the pages: ``<!-- figures:NAME begin -->`` gets ``results/NAME.json`` as a table.
 
-With ``--check`` nothing is written, and the exit status is 1 if the README shows anything else.
+With ``--check`` nothing is written, and the exit status is 1 if a page shows anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from harness import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "threat-model.md")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -29,15 +30,16 @@ def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if something is out of date")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     arguments = parser.parse_args()
-    before = arguments.readme.read_text()
-    after = with_figures(before, arguments.results)
-    if not arguments.check:
-        arguments.readme.write_text(after)
-    elif before != after:
-        sys.exit(f"{arguments.readme}: the figures are not those of {arguments.results}; run: make figures")
+    for page in arguments.pages:
+        before = page.read_text()
+        after = with_figures(before, arguments.results)
+        if not arguments.check:
+            page.write_text(after)
+        elif before != after:
+            sys.exit(f"{page}: the figures are not those of {arguments.results}; run: make figures")
 
 
 def with_figures(markdown: str, results: Path) -> str:
@@ -118,7 +120,35 @@ def quality_table(rows: Rows) -> str:
     )
 
 
-_TABLES: Mapping[str, Callable[[Rows], str]] = {"guard_load": load_table, "guard_quality": quality_table}
+def defence_table(rows: Rows) -> str:
+    """A table for each attacker, formats across: marker rate, KL divergence, and its ratio to a clean model's."""
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    parts = []
+    for attacker in dict.fromkeys(row["attacker"] for row in rows):
+        by_cell = {(row["defence"], row["format"]): row for row in rows if row["attacker"] == attacker}
+        defences = list(dict.fromkeys(defence for defence, _ in by_cell))
+        body = [
+            [
+                defence,
+                *(_defended(by_cell[defence, format]) if (defence, format) in by_cell else "" for format in formats),
+            ]
+            for defence in defences
+        ]
+        parts.append(f"Attacker: {attacker}\n\n{_markdown(['defence', *formats], body)}")
+    return "\n".join(parts)
+
+
+def _defended(row: Mapping[str, Any]) -> str:
+    marker = "" if row["marker rate"] is None else f"{row['marker rate']:.0%}, "
+    times = "" if row["KL / clean plain KL"] is None or not row["KL"] else f" ({row['KL / clean plain KL']:.1f}x)"
+    return f"{marker}{_with_deviation(row['KL'], row['KL sd'])}{times}"
+
+
+_TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "guard_load": load_table,
+    "guard_quality": quality_table,
+    "defence_table": defence_table,
+}
 
 
 def _with_deviation(mean: float, deviation: float | None) -> str:

@@ -1,4 +1,4 @@
-"""README's figures are those of the result files."""
+"""The pages' figures are those of the result files."""
 
 import json
 import sys
@@ -60,7 +60,7 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     readme, results = str(project / "README.md"), str(project / "results")
-    monkeypatch.setattr(sys, "argv", ["figures.py", "--readme", readme, "--results", results, *options])
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--pages", readme, "--results", results, *options])
     figures.main()
 
 
@@ -112,6 +112,7 @@ def test_any_other_result_is_shown_whole() -> None:
     )
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    text = figures.README.read_text()
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_the_pages_show_what_was_measured(page: Path) -> None:
+    text = page.read_text()
     assert figures.with_figures(text, figures.RESULTS) == text, "run: make figures"
