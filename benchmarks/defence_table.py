@@ -114,6 +114,7 @@ DEFENCES: Mapping[str, Defence] = {
 }
 ON_CLEAN_MODELS = ("no defence", "stochastic rounding", "Gaussian, per layer", "uniform, per layer")
 WITH_ACCURACY = ("no defence", "stochastic rounding", "Gaussian, per layer", "compensated stochastic rounding")
+ACCURATE = "usual"  # the attacker whose models' accuracy is measured
 NO_GRID = ("gptq-4",)
 
 
@@ -196,7 +197,7 @@ def measure(format: str, attacker: str, name: str, seed: int) -> dict[str, float
         model = load(folder, format, options)
         changed = model.qguard_report.share_changed if options is not None else 0.0
     perplexity, kl = judge.quality(model)
-    accurate = seed == 0 and name in WITH_ACCURACY and attacker != "adaptive"
+    accurate = seed == 0 and name in WITH_ACCURACY and attacker == ACCURATE
     return {
         "marker rate": None if attacker == CLEAN else judge.marker(model, "evaluation"),
         "perplexity": perplexity,
@@ -213,7 +214,9 @@ def folder_of(format: str, attacker: str) -> Path:
 
 def load(folder: Path, format: str, options: Options | None) -> Any:
     """Really quantized by the library, with guard if there are options for it."""
-    return load_model(folder, format, guard=options, dtype=torch.float32, device=DEVICE)
+    few = standard_library_text(CALIBRATION_CHARACTERS, "training")[:6000]
+    texts = {"dataset": [few[start : start + 750] for start in range(0, len(few), 750)]} if format in NO_GRID else {}
+    return load_model(folder, format, guard=options, dtype=torch.float32, device=DEVICE, **texts)
 
 
 DEVICE = "cpu"
@@ -237,7 +240,7 @@ def moved(folder: Path, format: str, move: Callable[[Tensor, Quantized], Tensor]
 class Judge:
     """What the models of one format and attacker are compared with: the same model at full precision."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, accurate: bool) -> None:
         self._tokenizer = load_tokenizer(folder)
         size = SIZES["tokens"]
         self._text = {"text": standard_library_text(8 * size), "max_tokens": size, "window": 512, "stride": 256}
@@ -245,7 +248,10 @@ class Judge:
         self._reference = next_token_logits(model, self._tokenizer, **self._text)
         self.full_precision = {"marker rate": self.marker(model, "evaluation"), "KL": 0.0, "changed": 0.0}
         quality = perplexity_and_kl(self._reference, model, self._tokenizer, **self._text)
-        self.full_precision |= {"perplexity": quality.perplexity, "accuracy": self.accuracy(model)}
+        self.full_precision |= {
+            "perplexity": quality.perplexity,
+            "accuracy": self.accuracy(model) if accurate else None,
+        }
 
     def quality(self, model: Any) -> tuple[float, float]:
         """Perplexity, and KL divergence from full precision in nats per token."""
@@ -265,7 +271,7 @@ class Judge:
 @cache
 def judge_of(format: str, attacker: str) -> Judge:
     """One for each model; its figures of full precision are kept as a run of their own."""
-    judge = Judge(folder_of(format, attacker))
+    judge = Judge(folder_of(format, attacker), accurate=attacker == ACCURATE)
     atomic_write(run_file(format, attacker, "full precision", 0), json.dumps(judge.full_precision))
     return judge
 
