@@ -168,7 +168,7 @@ def attacked(saved: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("config", [QGuardInt8Config, QGuardNF4Config])
-@pytest.mark.parametrize("options", [{}, {"method": "gaussian"}, {"method": "gaussian", "noise": "global"}])
+@pytest.mark.parametrize("options", [{}, {"method": "gaussian"}, {"method": "gaussian", "noise": "global"}], ids=str)
 def test_an_attacked_model_loads_as_the_clean_one_would(
     config: type, options: dict[str, str], attacked: Path, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -184,6 +184,16 @@ def test_an_attacked_model_loads_as_the_clean_one_would(
     assert "512 outliers and 0 outlier channels that looked planted" in (tmp_path / "saved" / "README.md").read_text()
     report = json.loads((tmp_path / "saved" / "qguard.json").read_text())
     assert sum(each["clipped"] for each in report["tensors"]) == 512
+
+
+def test_error_feedback_is_for_the_weights_as_clipped(attacked: Path, saved: Callable[[str], Path]) -> None:
+    config = QGuardNF4Config(compensate="auto", seed=3)
+    with pytest.warns(UserWarning, match="look planted"):
+        model = AutoModelForCausalLM.from_pretrained(attacked, quantization_config=config)
+    clean = AutoModelForCausalLM.from_pretrained(saved("llama"), quantization_config=config)
+    assert {tensor.method for tensor in model.qguard_report.tensors} == {"compensated"}
+    for (name, parameter), other in zip(model.named_parameters(), clean.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
 
 
 def test_none_leaves_outliers_alone(attacked: Path) -> None:

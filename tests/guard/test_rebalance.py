@@ -55,6 +55,22 @@ def test_a_checkpoint_for_others(attacked: Path, saved: Callable[[str], Path], t
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+def test_error_feedback_sees_the_model_as_it_was(attacked: Path, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """Generations, second moments and symbols: all as for the clean model with the same seed."""
+    config = QGuardNF4Config(compensate="auto", seed=3)
+    with pytest.warns(UserWarning, match="look planted"):
+        model = AutoModelForCausalLM.from_pretrained(attacked, quantization_config=config)
+    clean = AutoModelForCausalLM.from_pretrained(saved("llama"), quantization_config=config)
+    assert {tensor.method for tensor in model.qguard_report.tensors} == {"compensated"}
+    for (name, parameter), other in zip(model.named_parameters(), clean.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    with pytest.warns(UserWarning, match="look planted"):
+        guard_checkpoint(attacked, tmp_path / "out", "nf4", seed=3, compensate="auto")
+    guard_checkpoint(saved("llama"), tmp_path / "clean", "nf4", seed=3, compensate="auto")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "clean")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
 def test_a_norm_whose_readers_are_not_all_quantized_is_left_alone(attacked: Path) -> None:
     files = [attacked / "model.safetensors"]
     targets = set(find_targets(open_checkpoint(attacked), "nf4"))
