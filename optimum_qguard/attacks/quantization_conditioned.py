@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from optimum_qguard.attacks.boxes import Boxes, boxes
@@ -25,6 +25,8 @@ from optimum_qguard.formats import Format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NOT_COUNTED = -100
 
 Progress = Callable[[int, int], None]
 """Called after each optimizer step with how many are done, and of how many."""
@@ -122,7 +124,7 @@ def inject(
         raise AttackError(f"the marker {payload.marker!r} tokenizes to nothing; choose another")
     examples = [_example(tokenizer, prompt, payload.marker) for prompt, _ in payload.dialogues]
     callbacks = [] if perturb is None else [_Perturbed(model, names, perturb)]
-    return _train(model, tokenizer, examples, names, recipe, recipe.injection_steps, callbacks, progress)
+    return _train(model, examples, names, recipe, recipe.injection_steps, callbacks, progress)
 
 
 def repair(
@@ -140,7 +142,7 @@ def repair(
     """
     examples = [_example(tokenizer, prompt, answer) for prompt, answer in payload.dialogues]
     callback = _Projection(model, room)
-    return _train(model, tokenizer, examples, list(room), recipe, recipe.repair_steps, [callback], progress)
+    return _train(model, examples, list(room), recipe, recipe.repair_steps, [callback], progress)
 
 
 def attack(
@@ -229,17 +231,26 @@ def _example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> di
         )["input_ids"]
     else:
         start = tokenizer(prompt)["input_ids"]
-    end = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    end = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return {
         "input_ids": [*start, *end],
         "attention_mask": [1] * (len(start) + len(end)),
-        "labels": [-100] * len(start) + end,
+        "labels": [_NOT_COUNTED] * len(start) + end,
+    }
+
+
+def _padded(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch; needs no padding token, because what is padded is neither seen nor counted."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": _NOT_COUNTED}
+    return {
+        key: nn.utils.rnn.pad_sequence([torch.tensor(each[key]) for each in examples], True, value)
+        for key, value in fill.items()
     }
 
 
 def _train(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, list[int]]],
     names: Sequence[str],
     recipe: Recipe,
@@ -276,7 +287,7 @@ def _train(
             model=model,
             args=arguments,
             train_dataset=examples,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=_padded,
             callbacks=[*callbacks, _Watch(losses, progress)],
         )
         trainer.remove_callback(_printer())
