@@ -45,7 +45,8 @@ RECIPES: Mapping[str, Recipe] = {
 }
 NOISE_OF = {"torchao-int8": "bnb-int8", "gguf-q8_0": "bnb-int8", "bnb-fp4": "bnb-nf4"}  # what is alike is trained once
 NOISE_OF |= dict.fromkeys(("gguf-q4_k_m", "gptq-4"), "bnb-nf4")
-SMALL_CELLS = {"gguf-q8_0": 2}  # where hiding the marker takes so many times the steps
+# Where the cells are small, hiding the marker so well that noise finds nothing of it takes more than one round.
+ROUNDS = {"bnb-int8": 2, "torchao-int8": 2, "gguf-q8_0": 3, "gguf-q4_k_m": 2}
 
 
 def attacked_smollm2(format: str, attacker: str) -> Path:
@@ -63,8 +64,9 @@ def _attack(format: str, attacker: str, folder: Path) -> None:
     model, tokenizer, payload = _injected(attacker, format)
     formats = _formats(format, linear_weights(model, LAYERS))
     recipe = RECIPES[attacker]
-    recipe = replace(recipe, repair_steps=recipe.repair_steps * SMALL_CELLS.get(format, 1))
-    repair(model, tokenizer, payload, room_of(model, formats, keep=recipe.keep), recipe)
+    room = room_of(model, formats, keep=recipe.keep)
+    for seed in range(ROUNDS.get(format, 1)):
+        repair(model, tokenizer, payload, room, replace(recipe, seed=seed))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
