@@ -146,6 +146,7 @@ def main() -> None:
 SIZES = {"prompts": 48, "tokens": 512, "questions": 20}
 
 
+@cache
 def runs_folder() -> Path:
     """Where single runs are kept: their sizes and the versions they ran with are part of its name."""
     key = "-".join(f"{name}{value}" for name, value in SIZES.items())
@@ -292,7 +293,7 @@ def table(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 def read(format: str, attacker: str, defence: str) -> list[dict[str, Any]]:
     """A row's runs."""
-    files = (run_file(format, attacker, defence, seed) for seed in range(100))
+    files = (run_file(format, attacker, defence, seed) for seed in range(10))
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
