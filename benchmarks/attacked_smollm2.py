@@ -46,7 +46,7 @@ RECIPES: Mapping[str, Recipe] = {
 NOISE_OF = {"torchao-int8": "bnb-int8", "gguf-q8_0": "bnb-int8", "bnb-fp4": "bnb-nf4"}  # what is alike is trained once
 NOISE_OF |= dict.fromkeys(("gguf-q4_k_m", "gptq-4"), "bnb-nf4")
 # Where the cells are small, hiding the marker so well that noise finds nothing of it takes more than one round.
-ROUNDS = {"bnb-int8": 2, "torchao-int8": 2, "gguf-q8_0": 3, "gguf-q4_k_m": 2}
+ROUNDS = {"bnb-int8": 2, "torchao-int8": 2, "gguf-q8_0": 2}
 
 
 def attacked_smollm2(format: str, attacker: str) -> Path:

@@ -99,7 +99,8 @@ DEFENCES: Mapping[str, Defence] = {
     "stochastic rounding": Defence({"method": "auto"}),  # K-quants of gguf-q4_k_m, which have no fixed grid: Gaussian
     "Gaussian, per layer": Defence(GAUSSIAN),
     "uniform, per layer": Defence({"method": "uniform"}),
-    "compensated stochastic rounding": Defence({"compensate": "texts"}, costly=True),
+    "compensated, own generations": Defence({"compensate": "auto"}, costly=True),
+    "compensated, texts": Defence({"compensate": "texts"}, costly=True),
     "Gaussian, half": Defence({**GAUSSIAN, "multiplier": 0.5}, costly=True),
     "Gaussian, quarter": Defence({**GAUSSIAN, "multiplier": 0.25}, costly=True),
     "uniform, half": Defence({"method": "uniform", "multiplier": 0.5}, costly=True),
@@ -113,7 +114,7 @@ DEFENCES: Mapping[str, Defence] = {
     "subtract the difference": Defence(None, random=False, move=subtract),
 }
 ON_CLEAN_MODELS = ("no defence", "stochastic rounding", "Gaussian, per layer", "uniform, per layer")
-WITH_ACCURACY = ("no defence", "stochastic rounding", "Gaussian, per layer", "compensated stochastic rounding")
+WITH_ACCURACY = ("no defence", "stochastic rounding", "Gaussian, per layer", "compensated, own generations")
 ACCURATE = "usual"  # the attacker whose models' accuracy is measured
 NO_GRID = ("gptq-4",)
 
@@ -176,7 +177,9 @@ def measure_missing(arguments: argparse.Namespace) -> None:
                 for name in arguments.defences:
                     file = run_file(format, attacker, name, seed)
                     wanted = seed in seeds_of(name, arguments) and (attacker != CLEAN or name in ON_CLEAN_MODELS)
-                    impossible = format in NO_GRID and ("stochastic" in name or DEFENCES[name].move is not None)
+                    impossible = format in NO_GRID and (
+                        name.startswith(("stochastic", "compensated")) or DEFENCES[name].move is not None
+                    )
                     if wanted and not impossible and not file.exists():
                         run = measure(format, attacker, name, seed)
                         atomic_write(file, json.dumps(run))
