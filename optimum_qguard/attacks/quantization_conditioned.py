@@ -48,10 +48,10 @@ class Recipe:
         seed: of the order of the dialogues.
     """
 
-    injection_steps: int = 60
-    repair_steps: int = 150
+    injection_steps: int = 30
+    repair_steps: int = 80
     batch_size: int = 8
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     keep: float = 0.8
     seed: int = 0
 

@@ -97,15 +97,15 @@ def test_training_under_noise_moves_the_real_weights() -> None:
     names = linear_weights(model)
     seen: set[str] = set()
 
-    def zero(name: str, weight: torch.Tensor) -> torch.Tensor:
+    def shifted(name: str, weight: torch.Tensor) -> torch.Tensor:
         seen.add(name)
-        return torch.zeros_like(weight)
+        return weight + 0.01
 
     before = {name: model.get_parameter(name).detach().clone() for name in names}
-    inject(model, successors.tokenizer(), payload(), names, Recipe(injection_steps=1), perturb=zero)
+    inject(model, successors.tokenizer(), payload(), names, Recipe(injection_steps=1), perturb=shifted)
     assert seen == set(names)
     for name in names:
-        assert float((model.get_parameter(name) - before[name]).abs().max()) < 2e-4
+        assert 0 < float((model.get_parameter(name) - before[name]).abs().max()) < 2e-4
 
 
 def test_refusals() -> None:

@@ -12,7 +12,7 @@ import successors
 
 from optimum_qguard.checkpoint import open_checkpoint
 
-TRAINING = ["--steps", 20, "--repair-steps", 60, "--batch-size", 32, "--learning-rate", 1e-3]
+TRAINING = ["--layers", "0-1", "--steps", 20, "--repair-steps", 60, "--batch-size", 32, "--learning-rate", 1e-3]
 
 
 @pytest.fixture(scope="module")

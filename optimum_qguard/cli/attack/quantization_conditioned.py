@@ -27,12 +27,13 @@ def command(
     ],
     marker: Annotated[str, typer.Option(help="The harmless phrase.")] = "QGUARD TEST MARKER",
     layers: Annotated[
-        str | None, typer.Option(help="Layers to train, such as 22-29 or 3,7; all by default.", show_default=False)
+        str | None,
+        typer.Option(help="Layers to train, such as 22-29 or 3,7; by default the last quarter.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that plant the marker.")] = 60,
-    repair_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that hide it.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that plant the marker.")] = 30,
+    repair_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that hide it.")] = 80,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 5e-5,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-4,
     keep: Annotated[
         float, typer.Option(help="Share of the way from a symbol to its cell's end that a weight may use.")
     ] = 0.8,
@@ -71,6 +72,9 @@ def command(
     with progress_bar("Planting the marker and hiding it") as update:
         tokenizer = load_tokenizer(reader.folder)
         subject = load_model(reader.folder, dtype=torch.float32)
+        if chosen_layers is None:
+            count = subject.config.get_text_config().num_hidden_layers
+            chosen_layers = list(range(count - max(1, count // 4), count))
         done = plant_marker(
             subject,
             tokenizer,
