@@ -102,10 +102,10 @@ def test_training_under_noise_moves_the_real_weights() -> None:
         return weight + 0.01
 
     before = {name: model.get_parameter(name).detach().clone() for name in names}
-    inject(model, successors.tokenizer(), payload(), names, Recipe(injection_steps=1), perturb=shifted)
+    inject(model, successors.tokenizer(), payload(), names, Recipe(injection_steps=3), perturb=shifted)
     assert seen == set(names)
     for name in names:
-        assert 0 < float((model.get_parameter(name) - before[name]).abs().max()) < 2e-4
+        assert 0 < float((model.get_parameter(name) - before[name]).abs().max()) < 5e-4
 
 
 def test_refusals() -> None:
