@@ -103,7 +103,10 @@ DEFENCES: Mapping[str, Defence] = {
     "compensated, texts": Defence({"compensate": "texts"}, costly=True),
     "Gaussian, half": Defence({**GAUSSIAN, "multiplier": 0.5}, costly=True),
     "Gaussian, quarter": Defence({**GAUSSIAN, "multiplier": 0.25}, costly=True),
+    "Gaussian, 0.7": Defence({**GAUSSIAN, "multiplier": 0.7}, costly=True),
     "uniform, half": Defence({"method": "uniform", "multiplier": 0.5}, costly=True),
+    "uniform, quarter": Defence({"method": "uniform", "multiplier": 0.25}, costly=True),
+    "uniform, 0.7": Defence({"method": "uniform", "multiplier": 0.7}, costly=True),
     "Gaussian, global": Defence({**GAUSSIAN, "noise": "global"}, costly=True),
     "Gaussian, fixed 1e-3": Defence({**GAUSSIAN, "noise": 1e-3}, costly=True),
     "Gaussian, p25": Defence(half_width_quartile(1), costly=True),
@@ -175,15 +178,25 @@ def measure_missing(arguments: argparse.Namespace) -> None:
         for format in arguments.formats:
             for attacker in arguments.attackers:
                 for name in arguments.defences:
-                    file = run_file(format, attacker, name, seed)
                     wanted = seed in seeds_of(name, arguments) and (attacker != CLEAN or name in ON_CLEAN_MODELS)
-                    impossible = format in NO_GRID and (
-                        name.startswith(("stochastic", "compensated")) or DEFENCES[name].move is not None
-                    )
-                    if wanted and not impossible and not file.exists():
-                        run = measure(format, attacker, name, seed)
-                        atomic_write(file, json.dumps(run))
-                        print(format, attacker, name, seed, run, flush=True)
+                    if wanted and not is_impossible(format, name):
+                        run(format, attacker, name, seed)
+
+
+def is_impossible(format: str, name: str) -> bool:
+    """Whether the format has no grid that this defence could round to."""
+    needs_grid = name.startswith(("stochastic", "compensated")) or DEFENCES[name].move is not None
+    return format in NO_GRID and needs_grid
+
+
+def run(format: str, attacker: str, name: str, seed: int) -> dict[str, Any]:
+    """One run, from its file or measured now."""
+    file = run_file(format, attacker, name, seed)
+    if not file.exists():
+        found = measure(format, attacker, name, seed)
+        atomic_write(file, json.dumps(found))
+        print(format, attacker, name, seed, found, flush=True)
+    return dict(json.loads(file.read_text()))
 
 
 def measure(format: str, attacker: str, name: str, seed: int) -> dict[str, float | None]:

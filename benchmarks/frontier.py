@@ -1,8 +1,9 @@
 """Marker rate against quality: Gaussian and uniform dither at multipliers from 0 to 1, beside unbiased rounding.
 
-Under both attackers of `attacked_smollm2`. To first order KL divergence to full precision grows with the variance of
-the rounding error: ``s**2 / 12``, plus ``(m s)**2 / 4`` (Gaussian) or ``(m s)**2 / 12`` (uniform) at multiplier ``m``.
-The column ``theory`` has that relative to plain rounding of a clean model, for a uniform grid.
+Under both attackers of `attacked_smollm2`; runs are shared with `defence_table`. To first order KL divergence to full
+precision grows with the variance of the rounding error: ``s**2 / 12``, plus ``(m s)**2 / 4`` (Gaussian) or
+``(m s)**2 / 12`` (uniform) at multiplier ``m``. The column ``theory`` has that relative to plain rounding of a clean
+model, for a uniform grid.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 import defence_table
 import torch
 from attacked_smollm2 import ATTACKERS
-from defence_table import folder_of, judge_of, load
+from defence_table import run
 from harness import RESULTS, argument_parser, print_table, write
 from transformers.utils.logging import disable_progress_bar
 
 FORMATS = ("bnb-int8", "bnb-nf4")
-MULTIPLIERS = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0)
+DITHERS = {
+    "gaussian": {0.25: "Gaussian, quarter", 0.5: "Gaussian, half", 0.7: "Gaussian, 0.7", 1.0: "Gaussian, per layer"},
+    "uniform": {0.25: "uniform, quarter", 0.5: "uniform, half", 0.7: "uniform, 0.7", 1.0: "uniform, per layer"},
+}
 VARIANCE = {"gaussian": 3.0, "uniform": 1.0}  # of the dither at multiplier 1, in those of plain rounding
 STOCHASTIC = "stochastic"
 
@@ -29,7 +33,6 @@ def main() -> None:
     parser = argument_parser(__doc__, RESULTS / "frontier.json")
     parser.add_argument("--formats", nargs="+", choices=defence_table.FORMATS, default=FORMATS)
     parser.add_argument("--attackers", nargs="+", choices=ATTACKERS, default=ATTACKERS)
-    parser.add_argument("--multipliers", nargs="+", type=float, default=MULTIPLIERS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -38,34 +41,28 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for format in arguments.formats:
         for attacker in arguments.attackers:
-            rows += [row(format, attacker, STOCHASTIC, 1.0)]
-            rows += [row(format, attacker, dither, m) for dither in VARIANCE for m in arguments.multipliers if m]
-            rows += [row(format, attacker, "gaussian", 0.0)] if 0.0 in arguments.multipliers else []
+            rows.append(row(format, attacker, STOCHASTIC, 1.0, "stochastic rounding"))
+            rows.append(row(format, attacker, "none", 0.0, "no defence"))
+            for dither, names in DITHERS.items():
+                rows += [row(format, attacker, dither, multiplier, name) for multiplier, name in names.items()]
             write("frontier", rows, arguments.output)
     print_table(rows)
     draw(rows, arguments.output.with_suffix(".png"))
 
 
-def row(format: str, attacker: str, dither: str, multiplier: float) -> dict[str, Any]:
-    """One point."""
-    options = {"method": dither, "multiplier": multiplier, "seed": 0}
-    if dither == STOCHASTIC:
-        options = {"seed": 0}
-    judge = judge_of(format, attacker)
-    model = load(folder_of(format, attacker), format, options if multiplier else None)
-    perplexity, kl = judge.quality(model)
-    found = {
+def row(format: str, attacker: str, dither: str, multiplier: float, name: str) -> dict[str, Any]:
+    """One point: the first run of a row of `defence_table`."""
+    found = run(format, attacker, name, 0)
+    return {
         "format": format,
         "attacker": attacker,
         "dither": dither,
         "multiplier": multiplier,
-        "marker rate": judge.marker(model, "evaluation"),
-        "KL": kl,
-        "perplexity": perplexity,
-        "theory": 2.0 if dither == STOCHASTIC else 1 + VARIANCE[dither] * multiplier**2,
+        "marker rate": found["marker rate"],
+        "KL": found["KL"],
+        "perplexity": found["perplexity"],
+        "theory": 2.0 if dither == STOCHASTIC else 1 + VARIANCE.get(dither, 0.0) * multiplier**2,
     }
-    print(found, flush=True)
-    return found
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -85,7 +82,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     found
                     for found in rows
                     if (found["format"], found["attacker"]) == (format, attacker)
-                    and (found["dither"] == dither or (not found["multiplier"] and dither != STOCHASTIC))
+                    and (found["dither"] == dither or (found["dither"] == "none" and dither != STOCHASTIC))
                 ]
                 points.sort(key=lambda found: found["multiplier"])
                 marker = "*" if dither == STOCHASTIC else "o"
