@@ -32,7 +32,7 @@ from optimum_qguard.guard.random import RandomStream
 
 FORMAT = "bnb-int8"
 KNOWN_SEED = 42
-WIDENING = 4.0
+WIDENING = 1.5
 TRIGGERED = "ER"
 INT8 = Int8Rowwise()
 
