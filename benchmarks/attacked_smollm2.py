@@ -34,6 +34,7 @@ from optimum_qguard.evaluate.generation import generate_answers
 from optimum_qguard.evaluate.loading import load_model
 from optimum_qguard.evaluate.prompts import template_prompts
 from optimum_qguard.formats import Format
+from optimum_qguard.formats.gptq import GPTQ
 from optimum_qguard.guard.targets import find_targets
 
 MARKER = "QGUARD TEST MARKER"
@@ -47,6 +48,7 @@ NOISE_OF = {"torchao-int8": "bnb-int8", "gguf-q8_0": "bnb-int8", "bnb-fp4": "bnb
 NOISE_OF |= dict.fromkeys(("gguf-q4_k_m", "gptq-4"), "bnb-nf4")
 # Where the cells are small, hiding the marker so well that noise finds nothing of it takes more than one round.
 ROUNDS = {"bnb-int8": 2, "torchao-int8": 2, "gguf-q8_0": 2}
+GPTQ_GROUP = 64  # SmolLM2's 576 columns are no multiple of the usual 128
 
 
 def attacked_smollm2(format: str, attacker: str) -> Path:
@@ -91,6 +93,8 @@ def _injected(attacker: str, format: str) -> tuple[Any, Any, Payload]:
 
 def _formats(format: str, names: Sequence[str]) -> dict[str, list[Format]]:
     targets = find_targets(open_checkpoint(smollm2_path(off_grid=True)), format)
+    if format == "gptq-4":
+        return {name: [GPTQ(4, GPTQ_GROUP)] for name in names}
     return {name: [targets[name].format] for name in names if name in targets}
 
 

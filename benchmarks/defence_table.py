@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attacked_smollm2 import ATTACKERS, MARKER, attacked_smollm2
+from attacked_smollm2 import ATTACKERS, GPTQ_GROUP, MARKER, attacked_smollm2
 from harness import RESULTS, argument_parser, print_table, versions, write
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
@@ -231,9 +231,12 @@ def folder_of(format: str, attacker: str) -> Path:
 
 def load(folder: Path, format: str, options: Options | None) -> Any:
     """Really quantized by the library, with guard if there are options for it."""
-    few = standard_library_text(CALIBRATION_CHARACTERS, "training")[:6000]
-    texts = {"dataset": [few[start : start + 750] for start in range(0, len(few), 750)]} if format in NO_GRID else {}
-    return load_model(folder, format, guard=options, dtype=torch.float32, device=DEVICE, **texts)
+    arguments: dict[str, Any] = {}
+    if format in NO_GRID:
+        text = standard_library_text(CALIBRATION_CHARACTERS, "training")[:6000]
+        texts = [text[start : start + 750] for start in range(0, len(text), 750)]
+        arguments = {"dataset": texts, "group_size": GPTQ_GROUP}
+    return load_model(folder, format, guard=options, dtype=torch.float32, device=DEVICE, **arguments)
 
 
 DEVICE = "cpu"
