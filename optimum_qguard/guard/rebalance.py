@@ -30,7 +30,7 @@ _NORMS = {
 _UP, _DOWN = "mlp.up_proj", "mlp.down_proj"
 _LAYER = re.compile(r"(.*\blayers\.\d+\.)")
 _LEAST = 3.0
-_DISAGREEMENT = 4.0
+_DISAGREEMENT = 6.0
 _SAMPLED = 256
 
 
