@@ -144,7 +144,23 @@ def _defended(row: Mapping[str, Any]) -> str:
     return f"{marker}{_with_deviation(row['KL'], row['KL sd'])}{times}"
 
 
+def outliers_table(rows: Rows) -> str:
+    """Perplexities as loaded, and guard's against the clean model's."""
+    shown = (
+        "backend",
+        "attack",
+        "full precision",
+        "plain",
+        "guard, no clipping",
+        "guard",
+        "clipped",
+        "guard / clean guard",
+    )
+    return _markdown(shown, [[row[column] for column in shown] for row in rows])
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "outliers": outliers_table,
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,
