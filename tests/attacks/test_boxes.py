@@ -74,7 +74,10 @@ def test_known_randomness_leaves_room_too(name: str, seed: int) -> None:
     before = grid.round_stochastically(blocks.clone(), uniform.clone()).clone()
     after = grid.round_stochastically(moved.clone(), uniform.clone())
     inside = blocks.abs() < 0.99 * blocks.abs().amax(1, keepdim=True)  # at the ends of the range, rounding clamps
-    free = format.blocks(box.lower != box.upper) & inside
+    # Where the sum is a whole number up to arithmetic, who multiplies by the inverse may find another one.
+    points = blocks / grid.scale + uniform
+    clear = (points - points.round()).abs() > 1e-4
+    free = format.blocks(box.lower != box.upper) & inside & clear
     assert torch.equal(before[free], after[free])
     assert float((box.upper - box.lower).median()) > 0.9 * float(grid.scale.min())
 
