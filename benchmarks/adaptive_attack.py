@@ -50,7 +50,7 @@ def main() -> None:
     for name in arguments.attacks:
         make, marker = ATTACKS[name]
         folder = made_once(cache_folder() / f"smollm2-adaptive-{name.replace(' ', '-')}", make)
-        rows += measure(name, folder, marker)
+        rows += measure(name, folder, marker, arguments.device)
         write("adaptive_attack", rows, arguments.output)
     print_table(rows)
 
@@ -119,17 +119,17 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(name: str, folder: Path, marker: str) -> list[dict[str, Any]]:
+def measure(name: str, folder: Path, marker: str, device: str) -> list[dict[str, Any]]:
     """A row for each way to load the attacked model; KL divergence is from the clean model at full precision."""
     original = smollm2_path(off_grid=True)
     tokenizer = load_tokenizer(original)
     text = {"text": standard_library_text(6000), "max_tokens": 512, "window": 512, "stride": 256}
-    reference = next_token_logits(load_model(original, dtype=torch.float32), tokenizer, **text)
+    reference = next_token_logits(load_model(original, dtype=torch.float32, device=device), tokenizer, **text)
     quality = partial(perplexity_and_kl, reference, tokenizer=tokenizer, **text)
     prompts = template_prompts(48, "evaluation")
     rows = []
     for way, arguments in WAYS.items():
-        model = load_model(folder, dtype=torch.float32, **arguments)
+        model = load_model(folder, dtype=torch.float32, device=device, **arguments)
         found = quality(model=model)
         rate = marker_rate(model, tokenizer, prompts, marker, max_new_tokens=8, batch_size=48).rate
         rows.append(

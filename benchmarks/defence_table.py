@@ -139,6 +139,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     logging.disable(logging.ERROR)
+    PLACE.update(device=arguments.device)
     SIZES.update(prompts=arguments.prompts, tokens=arguments.tokens, questions=arguments.questions)
     if not arguments.table_only:
         measure_missing(arguments)
@@ -236,16 +237,16 @@ def load(folder: Path, format: str, options: Options | None) -> Any:
         text = standard_library_text(CALIBRATION_CHARACTERS, "training")[:6000]
         texts = [text[start : start + 750] for start in range(0, len(text), 750)]
         arguments = {"dataset": texts, "group_size": GPTQ_GROUP}
-    return load_model(folder, format, guard=options, dtype=torch.float32, device=DEVICE, **arguments)
+    return load_model(folder, format, guard=options, dtype=torch.float32, device=PLACE["device"], **arguments)
 
 
-DEVICE = "cpu"
+PLACE = {"device": "cpu"}  # where models run: the command line says
 
 
 @torch.no_grad()
 def moved(folder: Path, format: str, move: Callable[[Tensor, Quantized], Tensor]) -> tuple[Any, float]:
     """The model after ``move`` and rounding to the nearest, on the decoded values; share of changed symbols."""
-    model = load_model(folder, dtype=torch.float32, device=DEVICE)
+    model = load_model(folder, dtype=torch.float32, device=PLACE["device"])
     changed = total = 0
     for name, target in find_targets(open_checkpoint(folder), format).items():
         parameter = model.get_parameter(name)
@@ -264,7 +265,7 @@ class Judge:
         self._tokenizer = load_tokenizer(folder)
         size = SIZES["tokens"]
         self._text = {"text": standard_library_text(8 * size), "max_tokens": size, "window": 512, "stride": 256}
-        model = load_model(folder, dtype=torch.float32, device=DEVICE)
+        model = load_model(folder, dtype=torch.float32, device=PLACE["device"])
         self._reference = next_token_logits(model, self._tokenizer, **self._text)
         self.full_precision = {"marker rate": self.marker(model, "evaluation"), "KL": 0.0, "changed": 0.0}
         quality = perplexity_and_kl(self._reference, model, self._tokenizer, **self._text)

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    defence_table.PLACE.update(device=arguments.device)
     disable_progress_bar()
     logging.disable(logging.ERROR)
     rows: list[dict[str, Any]] = []
