@@ -83,12 +83,11 @@ def _is_suspicious(blocks: Tensor, scratch: Scratch) -> bool:
     """Whether blocks have maxima far above their mean: two reductions, which spare clean tensors everything else."""
     length = blocks.shape[1]
     ratio = 16.0 if length >= 256 else 10.0 if length >= 64 else 6.0
-    far = farther = 0
+    found = torch.empty(len(blocks), device=blocks.device)
     for part in block_ranges(blocks):
         magnitude = scratch.like(blocks[part], "magnitude").copy_(blocks[part]).abs_()
-        largest, mean = magnitude.amax(1), magnitude.mean(1)
-        far += int((largest > ratio * mean).sum())
-        farther += int((largest > 2.5 * ratio * mean).sum())
+        torch.div(magnitude.amax(1), magnitude.mean(1), out=found[part])
+    far, farther = int((found > ratio).sum()), int((found > 2.5 * ratio).sum())
     return far > _FEW_BLOCKS + _RARE * len(blocks) or farther > _FEW_BLOCKS
 
 

@@ -6,7 +6,8 @@ last bit, and a quantizer breaks: all other weights of the block round to zero. 
 well. That is why this may act on suspicion: where it errs, it costs nothing.
 
 A channel is moved back where all of its tensors agree: the typical weights of its columns, against those of all
-columns, are larger by at least `_LEAST` octaves, and the balancing weights smaller by about as much.
+columns, are larger by at least `_LEAST` octaves, and the balancing weights smaller by about as much. Typical is the
+geometric mean: single outliers hardly move it, and it takes a tenth of a median's time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _LAYER = re.compile(r"(.*\blayers\.\d+\.)")
 _LEAST = 3.0
 _DISAGREEMENT = 6.0
 _SAMPLED = 256
+_ZERO = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def find_balanced_outliers(
                 balance, linears = f"{layer}{norm}.weight", [f"{layer}{part}.weight" for part in parts]
                 if balance in tensors and all(name in tensors and name in quantized for name in linears):
                     columns = [_columns(tensors[name]) for name in linears]
-                    add(balance, linears, _agreed(columns, tensors[balance][:].float().abs()))
+                    add(balance, linears, _agreed(columns, _octaves(tensors[balance][:])))
             up, down = f"{layer}{_UP}.weight", f"{layer}{_DOWN}.weight"
             if all(name in tensors and name in quantized for name in (up, down)):
-                rows = tensors[up][:, :_SAMPLED].float().abs().median(1).values
+                rows = _octaves(tensors[up][:, :_SAMPLED]).mean(1)
                 exponents = _agreed([_columns(tensors[down])], rows)
                 add(up, [down], exponents)
                 bias = f"{layer}{_UP}.bias"
@@ -98,20 +100,19 @@ def rescaled_channels(rescalings: Iterable[Rescaling]) -> int:
 
 
 def _columns(tensor: Any) -> Tensor:
-    """Typical size of each column's weights, ``(in_features,)``."""
-    sizes: Tensor = tensor[:_SAMPLED].float().abs().median(0).values
-    return sizes
+    """Typical size of each column's weights in octaves, ``(in_features,)``."""
+    return _octaves(tensor[:_SAMPLED]).mean(0)
 
 
 def _agreed(columns: Sequence[Tensor], balance: Tensor) -> Tensor:
     """By how many octaves each channel is out of balance, whole numbers; 0 where its tensors do not agree on it."""
-    octaves = torch.stack([*(_octaves(sizes) for sizes in columns), -_octaves(balance)])
+    octaves = torch.stack([*columns, -balance])
+    octaves -= octaves.median(1, keepdim=True).values
     least, most = octaves.amin(0), octaves.amax(0)
     agreed = (least >= _LEAST - 1) & (octaves[:-1].mean(0) >= _LEAST) & (most - least <= _DISAGREEMENT)
     return torch.where(agreed, octaves[:-1].mean(0).round(), 0.0)
 
 
-def _octaves(sizes: Tensor) -> Tensor:
-    """Of each size over their median; 0 where it means nothing."""
-    octaves = (sizes / sizes.median()).log2()
-    return octaves.nan_to_num(0.0, 0.0, 0.0)
+def _octaves(weights: Tensor) -> Tensor:
+    """Of each weight's size, float32; zeros count as `_ZERO`."""
+    return weights.abs().float().clamp_(min=_ZERO).log2_()
