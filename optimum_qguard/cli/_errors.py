@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum_qguard.attacks.errors import AttackError
 from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
@@ -11,6 +12,7 @@ from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 _SAY_WHAT_TO_DO = (
     AttackError,
     CheckpointError,
+    EncryptError,
     EvaluationError,
     WeightError,
     QGuardConfigError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,10 +58,3 @@ def refuse_quantized(reader: CheckpointReader) -> None:
             f"{reader.folder}: is quantized already ({config.get('quant_method', 'unknown method')}), so guard comes "
             "too late; name its full-precision original"
         )
-
-
-def name_and_revision(model: str | Path, reader: CheckpointReader) -> tuple[str, str | None]:
-    """What reports call the model: a folder's path, or a Hub id and the commit that was read."""
-    if Path(model).expanduser().exists():
-        return str(model), None
-    return str(model).partition("@")[0], reader.folder.name

@@ -19,8 +19,9 @@ from transformers import BitsAndBytesConfig
 
 from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
 from optimum_qguard.checkpoint.atomic import atomic_write
+from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
-from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
+from optimum_qguard.guard.architecture import model_class, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QGuardConfig

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from optimum_qguard.checkpoint import open_checkpoint
+from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
-from optimum_qguard.guard.architecture import model_class, name_and_revision, refuse_quantized
+from optimum_qguard.guard.architecture import model_class, refuse_quantized
 from optimum_qguard.guard.backends import backend_of, backends, preset
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError

@@ -1,0 +1,7 @@
+"""What can go wrong while protecting a checkpoint."""
+
+from __future__ import annotations
+
+
+class EncryptError(ValueError):
+    """A checkpoint or key that cannot be used as asked; the message says what is wrong and what to do."""
