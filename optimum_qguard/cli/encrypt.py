@@ -59,8 +59,8 @@ def command(
     sites = ", ".join(f"{count} {kind}" for kind, count in report.sites.items())
     console = results()
     console.print(
-        f"{report.verified} of {len(report.tensors)} tensors rewritten at {sum(report.sites.values())} sites ({sites}), "
-        f"each verified to be exact; key {report.key_fingerprint[:16]}.",
+        f"{report.verified} of {len(report.tensors)} tensors rewritten at {sum(report.sites.values())} sites "
+        f"({sites}), each verified to be exact; key {report.key_fingerprint[:16]}.",
         soft_wrap=True,
     )
     console.print(f"Written to {out}. Keep {key} secret, and a copy of it: nothing else turns it back.", soft_wrap=True)

@@ -58,10 +58,11 @@ class Scaling:
         back = self._multiply(scaled.clone(), 0, not inverse)
         at = tuple(_is_inexact(tensor, scaled, back).nonzero()[0].tolist())
         strength = _room(tensor) // len(self._exponents)
+        dtype = str(tensor.dtype).removeprefix("torch.")
         way_out = f"use a strength of at most {strength}, or " if strength > 0 else ""
         return EncryptError(
             f"{self._name}: the weight {float(tensor[at]):g} at {at} cannot be multiplied by "
-            f"{float(scaled[at].double() / tensor[at].double()):g} exactly in {str(tensor.dtype).removeprefix('torch.')}; "
+            f"{float(scaled[at].double() / tensor[at].double()):g} exactly in {dtype}; "
             f"{way_out}convert the checkpoint to float32"
         )
 

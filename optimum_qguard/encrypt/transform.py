@@ -135,8 +135,8 @@ def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapp
     """
     if key.fingerprint != report.key_fingerprint:
         raise EncryptError(
-            f"{reader.folder}: was encrypted with another key (fingerprint {report.key_fingerprint[:16]}…, this one's is "
-            f"{key.fingerprint[:16]}…)"
+            f"{reader.folder}: was encrypted with another key (its fingerprint is {report.key_fingerprint[:16]}…, this "
+            f"one's {key.fingerprint[:16]}…)"
         )
     if reader.tensors.keys() != report.tensors.keys():
         differing = sorted(reader.tensors.keys() ^ report.tensors.keys())[0]

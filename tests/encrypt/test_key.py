@@ -26,7 +26,8 @@ def test_known_answers() -> None:
     """If this fails, checkpoints that were encrypted before can no longer be decrypted."""
     assert KNOWN.fingerprint == "e4cf8cd8dd1dbe7bc35d7faa76b547a0a986a92e076810e983a0c969a2b95f5c"
     site = Site("model.layers.0.norm.input_layernorm", "norm", 16, ())
-    assert Traps(strength=3, fraction=0.5).exponents(KNOWN, site).tolist() == [
+    exponents = Traps(strength=3, fraction=0.5).exponents(KNOWN, site)
+    assert exponents.tolist() == [
         -3,
         0,
         0,
@@ -44,7 +45,8 @@ def test_known_answers() -> None:
         -3,
         -3,
     ]
-    assert Traps(strength=9, fraction=0.25, positive_only=True).exponents(KNOWN, site).tolist() == [
+    exponents = Traps(strength=9, fraction=0.25, positive_only=True).exponents(KNOWN, site)
+    assert exponents.tolist() == [
         0,
         0,
         0,
