@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -11,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint import CheckpointReader
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.encrypt.errors import EncryptError
 
-MANIFEST_FILE = "qguard.json"
 TAGS = ("quantization-protected", "qguard")
 
 
@@ -47,6 +46,7 @@ class EncryptReport(BaseModel):
         previous_manifest: the text of the ``qguard.json`` that was there before, put back by decryption; where that is
             a manifest too, the checkpoint was encrypted more than once, and the keys are needed in reverse order.
         previous_card: likewise of the model card.
+        notice: what people read who try to quantize it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,16 +67,23 @@ class EncryptReport(BaseModel):
     verified: int = Field(ge=0)
     previous_manifest: str | None = None
     previous_card: str | None = None
+    notice: str = "Its publisher does not want it quantized; ask them for the key."
 
 
-def read_manifest(reader: CheckpointReader) -> EncryptReport:
+def read_manifest(reader: CheckpointReader, path: Path | None = None) -> EncryptReport:
     """The manifest of an encrypted checkpoint.
+
+    Args:
+        path: where it is, if not in the checkpoint's folder.
 
     Raises:
         EncryptError: there is none, or it cannot be read.
     """
-    path = reader.file(MANIFEST_FILE)
-    content = _load(path)
+    path = path or reader.file(MANIFEST_FILE)
+    try:
+        content = protection(path)
+    except (OSError, ValueError) as error:
+        raise EncryptError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if content is None:
         raise EncryptError(f"{reader.folder}: no encrypted checkpoint: it has no {MANIFEST_FILE} that says so")
     if content.get("schema_version") != 1:
@@ -87,19 +94,3 @@ def read_manifest(reader: CheckpointReader) -> EncryptReport:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise EncryptError(f"{path}: was changed or damaged ({where}: {problem['msg']}); download it again") from error
-
-
-def is_encrypted(folder: str | Path) -> bool:
-    """Whether a folder holds an encrypted checkpoint, by its manifest."""
-    return _load(Path(folder) / MANIFEST_FILE) is not None
-
-
-def _load(path: Path) -> dict[str, object] | None:
-    """The content of a manifest, ``None`` if there is none or it is one of another kind."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise EncryptError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    return content if isinstance(content, dict) and content.get("kind") == "encrypted" else None

@@ -15,12 +15,13 @@ from optimum_qguard.checkpoint import CheckpointReader, TensorInfo, atomic_write
 from optimum_qguard.checkpoint.card import CARD_FILE
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE
 from optimum_qguard.checkpoint.reader import INDEX_FILE
 from optimum_qguard.checkpoint.stream import rewrite_shards
 from optimum_qguard.encrypt.architectures import find_sites
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
-from optimum_qguard.encrypt.manifest import MANIFEST_FILE, TAGS, EncryptReport, TrapParameters, read_manifest
+from optimum_qguard.encrypt.manifest import TAGS, EncryptReport, TrapParameters, read_manifest
 from optimum_qguard.encrypt.scaling import InexactError, Scaling, scalings
 from optimum_qguard.encrypt.sites import Site
 from optimum_qguard.encrypt.traps import Traps
@@ -119,7 +120,7 @@ def decrypt_checkpoint(
     with output_folder(out, reader.folder, overwrite=overwrite) as staging:
         digests, _ = _rewrite(reader, staging, by_tensor, workers, progress, inverse=True)
         for tensor, digest in report.tensors.items():
-            check_digest(reader, tensor, digests.get(tensor), digest)
+            check_digest(reader.folder, tensor, digests.get(tensor), digest)
         copy_other_files(reader, staging, leave=[MANIFEST_FILE, CARD_FILE])
         for file, text in ((MANIFEST_FILE, report.previous_manifest), (CARD_FILE, report.previous_card)):
             if text is not None:
@@ -145,11 +146,11 @@ def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapp
     return scalings(_sites(reader), lambda site: traps.exponents(key, site))
 
 
-def check_digest(reader: CheckpointReader, tensor: str, found: str | None, expected: str) -> None:
+def check_digest(model: Path, tensor: str, found: str | None, expected: str) -> None:
     """Raise `EncryptError` if a decrypted tensor is not the one that was encrypted."""
     if found != expected:
         raise EncryptError(
-            f"{reader.folder}: {tensor} is not the tensor that was encrypted: the file was changed afterwards; "
+            f"{model}: {tensor} is not the tensor that was encrypted: the file was changed afterwards; "
             "get the checkpoint from its publisher again"
         )
 

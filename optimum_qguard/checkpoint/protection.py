@@ -1,0 +1,55 @@
+"""Whether a checkpoint says of itself that it is protected against quantization."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST_FILE = "qguard.json"
+PROTECTED = "encrypted"
+UNLOCKED = "_qguard_unlocked"
+"""Attribute of a model that is being loaded with its key."""
+
+
+def protection(file: str | Path) -> dict[str, Any] | None:
+    """The manifest of a protected checkpoint; ``None`` if there is none, or it is a report of another kind.
+
+    Args:
+        file: where `MANIFEST_FILE` would be.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no JSON.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content if isinstance(content, dict) and content.get("kind") == PROTECTED else None
+
+
+def protection_of(model: Any, files: Any) -> tuple[Path, dict[str, Any]] | None:
+    """Likewise for a model that transformers is loading: where the manifest is, and what it says.
+
+    Args:
+        model: the skeleton; its name is a folder or a Hub id.
+        files: the checkpoint's files on this machine.
+    """
+    from transformers.utils.hub import cached_file
+
+    if not files:
+        return None
+    found = Path(str(files[0])).parent / MANIFEST_FILE
+    revision = getattr(model.config, "_commit_hash", None)
+    if not found.exists() and revision is not None:
+        cached = cached_file(
+            model.name_or_path,
+            MANIFEST_FILE,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        found = found if cached is None else Path(cached)
+    manifest = protection(found)
+    return None if manifest is None else (found, manifest)
