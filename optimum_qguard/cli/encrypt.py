@@ -15,7 +15,7 @@ def command(
     new_key: Annotated[bool, typer.Option("--new-key", help="Make a key and write it to that file.")] = False,
     strength: Annotated[
         int | None,
-        typer.Option(help="Trapped channels are multiplied by 2**±N.  [default: 11]", show_default=False),
+        typer.Option(help="Trapped channels are multiplied by 2**±N.  [default: 18]", show_default=False),
     ] = None,
     fraction: Annotated[
         float | None,
@@ -35,7 +35,6 @@ def command(
     """
     from dataclasses import replace
 
-    from optimum_qguard.checkpoint.output import check_output
     from optimum_qguard.cli._console import print_json, progress_bar, results
     from optimum_qguard.encrypt.key import Key
     from optimum_qguard.encrypt.transform import FP16_SAFE, encrypt_checkpoint
@@ -47,12 +46,16 @@ def command(
     if fraction is not None:
         traps = replace(traps, fraction=fraction)
     if new_key:
-        check_output(out, Path(model), overwrite=overwrite)  # before a key is made for nothing
         Key.generate().save(key)
-    with progress_bar("Encrypting") as update:
-        report = encrypt_checkpoint(
-            model, out, key=Key.load(key), traps=traps, workers=workers, overwrite=overwrite, progress=update
-        )
+    try:
+        with progress_bar("Encrypting") as update:
+            report = encrypt_checkpoint(
+                model, out, key=Key.load(key), traps=traps, workers=workers, overwrite=overwrite, progress=update
+            )
+    except BaseException:
+        if new_key:
+            key.expanduser().unlink()  # nothing was encrypted with it
+        raise
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

@@ -30,7 +30,7 @@ class Traps:
         positive_only: multiply only. Activations then never grow, so that FP16 inference does not overflow.
     """
 
-    strength: int = 11
+    strength: int = 18
     fraction: float = 0.25
     positive_only: bool = False
 

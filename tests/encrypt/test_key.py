@@ -71,7 +71,7 @@ def test_each_key_and_site_has_its_own_exponents() -> None:
     drawn = [Traps().exponents(key, site) for key in (KNOWN, Key.generate()) for site in sites]
     for index, exponents in enumerate(drawn):
         assert int((exponents != 0).sum()) == 128
-        assert set(exponents.unique().tolist()) == {-11, 0, 11}
+        assert set(exponents.unique().tolist()) == {-18, 0, 18}
         assert 40 < int((exponents > 0).sum()) < 88
         assert not any(torch.equal(exponents, other) for other in drawn[:index])
 
