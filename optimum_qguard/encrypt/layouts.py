@@ -46,6 +46,12 @@ def heads_of(config: Any) -> Heads:
     return Heads(queries, getattr(config, "num_key_value_heads", None) or queries, size)
 
 
+def ungrouped_heads_of(config: Any) -> Heads:
+    """What families read that have a key-value head for every query head and no option for the size."""
+    queries = config.num_attention_heads
+    return Heads(queries, queries, config.hidden_size // queries)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer of a checkpoint.

@@ -15,6 +15,7 @@ import pkgutil
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from optimum_qguard.encrypt.architectures.family import _REGISTRY, Family, register
@@ -72,7 +73,7 @@ def _standardize(config: Mapping[str, Any], model_type: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config)).get_text_config()
+        return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(config))).get_text_config()
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArchitectureError(f"config.json is not that of a {model_type!r} model: {error}") from error
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from optimum_qguard.encrypt.architectures.family import Family, register
-from optimum_qguard.encrypt.layouts import Grouped
+from optimum_qguard.encrypt.layouts import Grouped, ungrouped_heads_of
 from optimum_qguard.encrypt.sites import Norm, QueryKey, ValueOutput
 
 ATTENTION = Grouped("self_attention.query_key_value")
@@ -25,5 +25,6 @@ register(
             QueryKey(ATTENTION, rotary="none"),
         ),
         ("mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"),
+        heads=ungrouped_heads_of,
     )
 )

@@ -4,7 +4,7 @@ Attention and MLP have a norm each, in parallel or one after the other.
 """
 
 from optimum_qguard.encrypt.architectures.family import Family, register
-from optimum_qguard.encrypt.layouts import Grouped
+from optimum_qguard.encrypt.layouts import Grouped, ungrouped_heads_of
 from optimum_qguard.encrypt.sites import Norm, QueryKey, ValueOutput
 
 ATTENTION = Grouped("attention.query_key_value")
@@ -27,5 +27,6 @@ register(
             "attention.masked_bias",
             "attention.rotary_emb.inv_freq",
         ),
+        heads=ungrouped_heads_of,
     )
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from optimum_qguard.encrypt.architectures.family import Family, register
-from optimum_qguard.encrypt.layouts import Separate
+from optimum_qguard.encrypt.layouts import Separate, ungrouped_heads_of
 from optimum_qguard.encrypt.sites import Norm, QueryKey, UpDown, ValueOutput
 
 ATTENTION = Separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -29,5 +29,6 @@ register(
             UpDown("fc1", "fc2", when=is_relu),
             QueryKey(ATTENTION, rotary="none"),
         ),
+        heads=ungrouped_heads_of,
     )
 )
