@@ -17,10 +17,25 @@ Powers of two change a floating-point number's exponent only, so every product a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
+
+from optimum_qguard.encrypt.errors import ArchitectureError
+from optimum_qguard.encrypt.layouts import (
+    Channels,
+    Layer,
+    Projections,
+    Rotary,
+    pattern_of,
+    rotary_pairs,
+    rotary_size,
+    scatter,
+)
 
 Kind = Literal["norm", "value", "up", "key"]
 
@@ -49,10 +64,157 @@ class Site:
         name: unique in the model and stable for ever, since factors are drawn from it.
         kind: which of the four it is.
         n_channels: how many factors may be chosen freely.
-        parts: the tensors that take part, each at most once.
+        parts: the tensors that take part. One that holds queries and keys takes part twice, on entries of its own
+            each time.
     """
 
     name: str
     kind: Kind
     n_channels: int
     parts: tuple[Part, ...]
+
+
+def always(_config: Any) -> bool:
+    return True
+
+
+class Template(Protocol):
+    """What a kind of site is in a family's layers.
+
+    ``when`` says, given a transformers configuration, whether the invariance holds; the tensors are known either way.
+    """
+
+    @property
+    def when(self) -> Callable[[Any], bool]: ...
+
+    def modules(self) -> tuple[str, ...]:
+        """Every module that it speaks of, ``*`` standing for any one component of the name."""
+
+    def expand(self, layer: Layer) -> Iterator[Site]:
+        """The sites in that layer."""
+
+
+def make_site(
+    layer: Layer, kind: Kind, module: str, divided: Iterable[Channels], multiplied: Iterable[Channels]
+) -> Site:
+    """A site named by its layer and by the module whose output is divided."""
+    parts = [Part(*tensor, True) for tensors in divided for tensor in tensors]
+    parts += [Part(*tensor, False) for tensors in multiplied for tensor in tensors]
+    n_channels = 1 + max(int(part.channels.max()) for part in parts)
+    return Site(f"{layer.prefix}{kind}.{module}", kind, n_channels, tuple(parts))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that nothing but ``readers`` reads; those that a layer lacks (experts in dense layers) are passed over."""
+
+    norm: str
+    readers: tuple[str, ...]
+    when: Callable[[Any], bool] = always
+
+    def modules(self) -> tuple[str, ...]:
+        return self.norm, *self.readers
+
+    def expand(self, layer: Layer) -> Iterator[Site]:
+        channels = torch.arange(layer.shapes[layer.weight(self.norm)][0])
+        readers = [module for reader in self.readers for module in layer.modules(reader)]
+        if not readers:
+            raise ArchitectureError(f"{layer.prefix}{self.norm} has no reader in the checkpoint")
+        multiplied = [layer.columns(module, channels) for module in readers]
+        yield make_site(layer, "norm", self.norm, [layer.vector(self.norm, channels)], multiplied)
+
+
+@dataclass(frozen=True)
+class ValueOutput:
+    """Values are averaged by the attention, then read by the output projection ``output``."""
+
+    projections: Projections
+    output: str
+    when: Callable[[Any], bool] = always
+
+    def modules(self) -> tuple[str, ...]:
+        return *self.projections.modules(), self.output
+
+    def expand(self, layer: Layer) -> Iterator[Site]:
+        heads = layer.heads
+        channels = torch.arange(heads.groups * heads.size).view(heads.groups, heads.size)
+        module, rows, total = self.projections.rows("value", heads)
+        divided = layer.rows(module, scatter(rows, channels, total))
+        multiplied = layer.columns(self.output, heads.per_query(channels).flatten())
+        yield make_site(layer, "value", module, [divided], [multiplied])
+
+
+@dataclass(frozen=True)
+class UpDown:
+    """What the gate multiplies enters the down projection linearly.
+
+    Attributes:
+        up, down: linears; with ``*`` in their names, one site for each expert that there is. Three-dimensional tensors
+            ``(experts, out, in)`` are all experts in one site. A layer that has neither has no site.
+        stacked: ``up`` holds the gate's rows, then as many of its own.
+    """
+
+    up: str
+    down: str
+    stacked: bool = False
+    when: Callable[[Any], bool] = always
+
+    def modules(self) -> tuple[str, ...]:
+        return self.up, self.down
+
+    def expand(self, layer: Layer) -> Iterator[Site]:
+        for up in layer.modules(self.up):
+            expert = pattern_of(self.up).fullmatch(up)
+            down = self.down.replace("*", expert[1]) if expert and "*" in self.up else self.down
+            shape = layer.shapes[layer.weight(down)]
+            experts = shape[0] if len(shape) == 3 else 1
+            width = shape[-2 if layer.transposed else -1]
+            channels = torch.arange(experts * width)
+            rows = columns = channels.view(experts, width) if len(shape) == 3 else channels
+            if self.stacked:
+                rows = torch.cat([torch.full_like(rows, -1), rows], dim=-1)
+            yield make_site(layer, "up", up, [layer.rows(up, rows)], [layer.columns(down, columns)])
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Queries and keys only meet in their inner product, after rotary embedding.
+
+    Attributes:
+        rotary: which dimensions are rotated together: ``d`` and ``d + rotary / 2``, or ``2 d`` and ``2 d + 1``.
+        partial: whether the family's code honours ``partial_rotary_factor``.
+        query_norm, key_norm: norms of queries and keys. Where the checkpoint has them they take the factors instead of
+            the rows: a weight for all heads, for each dimension of each, or one module per head (``*``).
+    """
+
+    projections: Projections
+    rotary: Rotary = "half"
+    partial: bool = False
+    query_norm: str | None = None
+    key_norm: str | None = None
+    when: Callable[[Any], bool] = always
+
+    def modules(self) -> tuple[str, ...]:
+        return *self.projections.modules(), *filter(None, (self.query_norm, self.key_norm))
+
+    def expand(self, layer: Layer) -> Iterator[Site]:
+        heads = layer.heads
+        rotary = 0 if self.rotary == "none" else rotary_size(layer, self.partial)
+        pairs = rotary_pairs(heads.size, rotary, self.rotary)
+        free = int(pairs.max()) + 1
+        keys = pairs + free * torch.arange(heads.groups)[:, None]
+        queries = heads.per_query(keys)
+        query, key = self.query_norm, self.key_norm
+        if query is None or key is None or not layer.modules(query):
+            query, query_rows, total = self.projections.rows("query", heads)
+            multiplied = [layer.rows(query, scatter(query_rows, queries, total))]
+            key, key_rows, total = self.projections.rows("key", heads)
+            divided = [layer.rows(key, scatter(key_rows, keys, total))]
+        elif "*" in query:
+            divided = [layer.vector(key.replace("*", str(n)), keys[n]) for n in range(heads.groups)]
+            multiplied = [layer.vector(query.replace("*", str(n)), queries[n]) for n in range(heads.queries)]
+        elif math.prod(layer.shapes[layer.weight(query)]) == heads.size:
+            divided, multiplied = [layer.vector(key, pairs)], [layer.vector(query, pairs)]
+        else:
+            divided, multiplied = [layer.vector(key, keys)], [layer.vector(query, queries)]
+        yield make_site(layer, "key", key.removesuffix(".*"), divided, multiplied)
