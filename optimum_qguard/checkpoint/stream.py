@@ -104,7 +104,7 @@ def _write_shard(
                 rows = torch.frombuffer(content, dtype=info.dtype).view(shape)
                 written = change.piece(rows, start)
                 if written is not rows:
-                    content = memoryview(written.contiguous().flatten().view(torch.uint8).numpy())
+                    content = written.contiguous().flatten().view(torch.uint8).numpy().data
                 digest.update(content)
                 _write(out, content, path)
             change.done()
