@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,14 @@ def output_folder(out: str | Path, source: Path, *, overwrite: bool = False) -> 
         source: the input's folder, which must not be written to.
 
     Raises:
-        CheckpointError: see `check_output`; or no space left.
+        CheckpointError: see `check_output`; or no space left; or another run is writing to ``out``.
     """
     check_output(out, source, overwrite=overwrite)
     final = Path(out).expanduser().resolve()
     missing = [parent for parent in final.parents if not parent.exists()]
     staging = final.with_name(f".{final.name}.partial")
+    claim = _claim(staging, out)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
         yield staging
         _publish(staging, final)
     except Exception as error:
@@ -46,6 +46,7 @@ def output_folder(out: str | Path, source: Path, *, overwrite: bool = False) -> 
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(claim)
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -103,6 +104,27 @@ def check_space(out: str | Path, needed: int) -> None:
             f"{out}: no space: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; "
             "free some, or name a folder on another disk"
         )
+
+
+def _claim(staging: Path, out: str | Path) -> int:
+    """Make the folder, empty, for this run only: a descriptor that holds the claim. What a killed run left is
+    deleted."""
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        claim = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(claim)
+        raise CheckpointError(f"{out}: another run is writing to it; wait for that, or name another folder") from error
+    for left in staging.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    return claim
 
 
 def _publish(staging: Path, final: Path) -> None:

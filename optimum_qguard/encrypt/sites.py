@@ -163,7 +163,10 @@ class UpDown:
         return self.up, self.down
 
     def expand(self, layer: Layer) -> Iterator[Site]:
-        for up in layer.modules(self.up):
+        found = layer.modules(self.up)
+        if not found and layer.modules(self.down):
+            raise ArchitectureError(f"{layer.prefix}{self.up}.weight is missing from the checkpoint")
+        for up in found:
             expert = pattern_of(self.up).fullmatch(up)
             down = self.down.replace("*", expert[1]) if expert and "*" in self.up else self.down
             shape = layer.shapes[layer.weight(down)]

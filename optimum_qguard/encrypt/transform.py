@@ -193,6 +193,7 @@ def _rewrite(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write all files; digests of the plain tensors (BLAKE3) and of the files that were written (SHA-256)."""
     digests: dict[str, str] = {}
+    total = sum(info.n_bytes for info in reader.tensors.values())
     done, lock = 0, Lock()
 
     def rewrite(info: TensorInfo) -> _Rescaled:
@@ -203,7 +204,7 @@ def _rewrite(
         with lock:
             done += info.n_bytes
             if progress is not None:
-                progress(done, reader.n_bytes)
+                progress(done, total)
 
     try:
         files = rewrite_shards(reader, staging, rewrite, workers=workers, progress=count)

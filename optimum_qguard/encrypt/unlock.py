@@ -112,7 +112,9 @@ def _begin(model: Any, files: Any, key: Key) -> None:
         )
     reader = open_checkpoint(Path(str(files[0])).parent)
     report = read_manifest(reader, found[0])
-    scalings = unlocking(reader, report, key)
+    # transformers builds models under torch.device("meta"), where a tensor made on the way would hold nothing.
+    with torch.device("cpu"):
+        scalings = unlocking(reader, report, key)
     setattr(model, UNLOCKED, True)
     _reading.files = {Path(str(file)).resolve(): (report, scalings) for file in files}
     # Should loading fail: not to be decrypted when it is loaded another time.
