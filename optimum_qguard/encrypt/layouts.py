@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -194,6 +195,12 @@ class Grouped:
         within = {"query": slice(-2), "key": slice(-2, -1), "value": slice(-1, None)}[role]
         rows = every.view(heads.groups, per_group + 2, heads.size)[:, within]
         return self.module, rows.reshape(-1, heads.size), len(every)
+
+
+@cache
+def numbered(count: int) -> Tensor:
+    """0 to ``count - 1``, to be read only: thousands of experts share it."""
+    return torch.arange(count)
 
 
 def scatter(positions: Tensor, channels: Tensor, total: int) -> Tensor:

@@ -31,6 +31,7 @@ from optimum_qguard.encrypt.layouts import (
     Layer,
     Projections,
     Rotary,
+    numbered,
     pattern_of,
     rotary_pairs,
     rotary_size,
@@ -47,7 +48,7 @@ class Part:
     Attributes:
         tensor: its name in the checkpoint.
         channels: int64, of as many dimensions as the tensor and broadcastable to its shape: which of the site's
-            channels each entry belongs to, -1 for none.
+            channels each entry belongs to, -1 for none. To be read only: parts share it.
         divided: whether it is divided by the channel's factor; multiplied otherwise.
     """
 
@@ -172,7 +173,7 @@ class UpDown:
             shape = layer.shapes[layer.weight(down)]
             experts = shape[0] if len(shape) == 3 else 1
             width = shape[-2 if layer.transposed else -1]
-            channels = torch.arange(experts * width)
+            channels = numbered(experts * width)
             rows = columns = channels.view(experts, width) if len(shape) == 3 else channels
             if self.stacked:
                 rows = torch.cat([torch.full_like(rows, -1), rows], dim=-1)
