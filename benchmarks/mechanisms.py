@@ -71,14 +71,15 @@ class Reference:
         logits = self._predict(load_model(model, device=self._device))
         return float((logits.argmax(-1) == self._logits.argmax(-1)).double().mean())
 
-    def kl(self, model: str | Path, format: str | None) -> float | None:
-        """Divergence of the model in that format, nats per token; ``None`` where it is refused or not a number."""
+    def kl(self, model: str | Path, format: str | None) -> float | str:
+        """Divergence of the model in that format, nats per token; ``"refused"`` where the quantizer takes no such
+        weights, ``"NaN"`` where the quantized model computes no numbers."""
         try:
             loaded = load_model(model, format, device=self._device)
         except (WeightError, EvaluationError):
-            return None
+            return "refused"
         found = kl_divergence(self._logits, loaded, self._tokenizer, self._text, max_tokens=self._n_tokens)
-        return found if math.isfinite(found) else None
+        return found if math.isfinite(found) else "NaN"
 
     def _predict(self, model: Any) -> Tensor:
         return next_token_logits(model, self._tokenizer, self._text, max_tokens=self._n_tokens)

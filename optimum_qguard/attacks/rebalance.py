@@ -33,7 +33,7 @@ from torch import Tensor
 from optimum_qguard.attacks.errors import AttackError
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
 from optimum_qguard.checkpoint.writer import transform_checkpoint
-from optimum_qguard.formats import Format, get_format
+from optimum_qguard.formats.gptq import GPTQ
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 _LAYER = re.compile(r"(model\.layers\.[0-9]+\.)(.+)")
@@ -46,7 +46,7 @@ _INPUTS = {_Q: "input_layernorm", _GATE: "post_attention_layernorm", _DOWN: _UP,
 _SMALLEST_SCALE = 1e-5
 _AWQ_SMALLEST_SCALE = 1e-4
 _AWQ_STEPS = 10
-_AWQ_FORMAT = "torchao-int4"
+_AWQ_FORMAT = GPTQ(4, 64, symmetric=False)
 
 
 @dataclass(frozen=True)
@@ -294,18 +294,18 @@ def _awq_scales(layer: Layer, place: Place, smallest: float) -> Tensor:
     n_channels = int(place.index.max()) + 1
     mean = torch.zeros(n_channels).index_add_(0, place.index, x.abs().mean(0)) * n_channels / len(place.index)
     weights = [layer.tensors[f"{reader}.weight"].float() for reader in place.readers]
-    format, best, chosen = get_format(_AWQ_FORMAT), math.inf, torch.ones(n_channels)
+    best, chosen = math.inf, torch.ones(n_channels)
     for step in range(_AWQ_STEPS + 1):
         scales = mean.pow(step / _AWQ_STEPS).clamp(min=smallest)
         scales = scales / (scales.amax() * scales.amin()).sqrt()
-        error = sum(_error(weight, x, scales[place.index], format) for weight in weights)
+        error = sum(_error(weight, x, scales[place.index]) for weight in weights)
         if error < best:
             best, chosen = error, scales
     return chosen.double()
 
 
-def _error(weight: Tensor, x: Tensor, scales: Tensor, format: Format) -> float:
-    rounded = format.quantize(weight * scales).dequantize() / scales
+def _error(weight: Tensor, x: Tensor, scales: Tensor) -> float:
+    rounded = _AWQ_FORMAT.quantize(weight * scales).dequantize() / scales
     return float(((rounded - weight) @ x.T).double().square().mean())
 
 
