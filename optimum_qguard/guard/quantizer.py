@@ -34,6 +34,7 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import read_header
 from optimum_qguard.checkpoint.protection import UNLOCKED, protection_of
 from optimum_qguard.formats import Format, Scratch, WeightError
+from optimum_qguard.guard.architecture import refuse_protected
 from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
@@ -88,7 +89,9 @@ class Guard:
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Note what the library will quantize, once it has put its modules in place."""
         _check_files(kwargs.get("checkpoint_files"))
-        _refuse_protected(model, kwargs.get("checkpoint_files"))
+        if not getattr(model, UNLOCKED, False):
+            found = protection_of(model, kwargs.get("checkpoint_files"))
+            refuse_protected(f"the model was not loaded: {model.name_or_path}", found and found[1])
         model.config.quantization_config = self._inner
         self._originals["preprocess_model"](model=model, **kwargs)
         if self._backend.calibrates:
@@ -395,16 +398,6 @@ def _check_files(files: Sequence[str] | None) -> None:
                 read_header(Path(file))
             except CheckpointError as error:
                 raise _not_loaded(error) from error
-
-
-def _refuse_protected(model: Any, files: Sequence[str] | None) -> None:
-    """A checkpoint that was encrypted against quantization breaks, guarded or not."""
-    found = protection_of(model, files)
-    if found is not None and not getattr(model, UNLOCKED, False):
-        raise QGuardError(
-            f"the model was not loaded: {model.name_or_path} is protected against quantization. "
-            f"{found[1].get('notice', '')} With the key, load it with QGuardUnlockConfig"
-        )
 
 
 def _global_half_width(
