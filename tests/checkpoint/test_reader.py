@@ -16,6 +16,13 @@ Write = Callable[..., Path]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
+def test_an_adapter_without_its_model(write: Callable[..., Path]) -> None:
+    folder = write()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds an adapter .* merge it into its model"):
+        open_checkpoint(folder)
+
+
 def test_reads_what_safetensors_wrote(write: Write, tensors: Tensors, shards: int) -> None:
     reader = open_checkpoint(write(shards))
     assert len(reader.shards) == shards
