@@ -16,7 +16,7 @@ from typing import Any
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "threat-model.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "threat-model.md", ROOT / "docs" / "encrypt.md")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -159,8 +159,25 @@ def outliers_table(rows: Rows) -> str:
     return _markdown(shown, [[row[column] for column in shown] for row in rows])
 
 
+def collapse_table(rows: Rows) -> str:
+    """The encrypted models' divergence in each format, beside the original's."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    formats = {row["format"]: row["how"] for row in rows}
+    by_cell = {(row["format"], row["model"]): row for row in rows}
+
+    def cell(format: str, model: str) -> object:
+        row = by_cell.get((format, model))
+        if row is None:
+            return ""
+        return row["KL"] if row["KL"] is not None else str(row["status"]).partition(":")[0]
+
+    body = [[format, how, *(cell(format, model) for model in models)] for format, how in formats.items()]
+    return _markdown(["format", "how", *models], body)
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "outliers": outliers_table,
+    "collapse_matrix": collapse_table,
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,

@@ -20,6 +20,13 @@ from typing import TYPE_CHECKING, Any
 from optimum_qguard import _plugin
 
 if TYPE_CHECKING:
+    from optimum_qguard.encrypt.errors import EncryptError as EncryptError
+    from optimum_qguard.encrypt.key import Key as Key
+    from optimum_qguard.encrypt.manifest import EncryptReport as EncryptReport
+    from optimum_qguard.encrypt.transform import decrypt_checkpoint as decrypt_checkpoint
+    from optimum_qguard.encrypt.transform import encrypt_checkpoint as encrypt_checkpoint
+    from optimum_qguard.encrypt.traps import Traps as Traps
+    from optimum_qguard.encrypt.unlock import QGuardUnlockConfig as QGuardUnlockConfig
     from optimum_qguard.guard.config import QGuardConfig as QGuardConfig
     from optimum_qguard.guard.config import QGuardGPTQConfig as QGuardGPTQConfig
     from optimum_qguard.guard.config import QGuardInt8Config as QGuardInt8Config
@@ -31,12 +38,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "EncryptError": "encrypt.errors",
+    "EncryptReport": "encrypt.manifest",
     "GuardReport": "guard.report",
+    "Key": "encrypt.key",
     "QGuardConfig": "guard.config",
     "QGuardError": "guard.errors",
     "QGuardGPTQConfig": "guard.config",
     "QGuardInt8Config": "guard.config",
     "QGuardNF4Config": "guard.config",
+    "QGuardUnlockConfig": "encrypt.unlock",
+    "Traps": "encrypt.traps",
+    "decrypt_checkpoint": "encrypt.transform",
+    "encrypt_checkpoint": "encrypt.transform",
     "guard_all": "guard.guard_all",
 }
 

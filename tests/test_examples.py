@@ -35,6 +35,14 @@ def test_load_guarded_with_the_real_model() -> None:
     assert "210 tensors" in run("load_guarded.py")
 
 
+def test_publish_protected(tiny_llama: Path) -> None:
+    out = run("publish_protected.py", tiny_llama)
+    assert "18 tensors rewritten" in out
+    assert "same outputs: True" in out
+    assert "quantized with the key: bitsandbytes" in out
+    assert "back, byte for byte" in out
+
+
 @pytest.mark.real_model
 def test_guard_in_place() -> None:
     out = run("guard_in_place.py")

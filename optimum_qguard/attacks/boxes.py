@@ -110,9 +110,6 @@ def _extremes(weight: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
     them set it."""
     format = quantized.format
     blocks = format.blocks(weight)
-    least, greatest = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-    if quantized.grid.offset is None:
-        greatest = torch.maximum(-least, greatest)
-        least = -greatest
+    least, greatest = quantized.grid.extremes(blocks)
     shape = blocks.shape
     return format.unblock(least.expand(shape), weight.shape), format.unblock(greatest.expand(shape), weight.shape)

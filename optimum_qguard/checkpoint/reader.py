@@ -170,6 +170,8 @@ def is_weight_file(path: Path) -> bool:
 
 def _no_weights(folder: Path) -> CheckpointError:
     others = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    if any(path.name.startswith("adapter_") for path in others):
+        return CheckpointError(f"{folder}: holds an adapter (LoRA) alone; merge it into its model, and name that")
     if others:
         return CheckpointError(
             f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it; "

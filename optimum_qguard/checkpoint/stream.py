@@ -23,7 +23,7 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.reader import CheckpointReader
 
-PIECE_BYTES = 1 << 21
+PIECE_BYTES = 1 << 20
 
 
 class Rewrite(Protocol):

@@ -175,6 +175,32 @@ class Grid:
         chosen.lerp_(third, torch.ge(units, point, out=point))
         return _affine(chosen, self.scale, self.offset)
 
+    def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of each block, ``(n_blocks, 1)``: its scale (and offset) come from weights that are
+        one of them. On a symmetric grid they are plus and minus the greatest magnitude.
+
+        Args:
+            values: ``(n_blocks, block_size)``.
+        """
+        least, greatest = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        if self.offset is None:
+            greatest = torch.maximum(-least, greatest)
+            least = -greatest
+        return least, greatest
+
+    def sets_scale(self, values: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Which of ``values`` ``(n_blocks, block_size)`` float32 the quantizer takes a block's scale from: 1 or 0.
+
+        Floats, because torch's CPU kernels for booleans take several times as long.
+        """
+        scratch = scratch or Scratch()
+        if self.offset is None:
+            magnitude = torch.abs(values, out=scratch.like(values, "magnitude"))
+            return torch.eq(magnitude, magnitude.amax(1, keepdim=True), out=magnitude)
+        least, greatest = self.extremes(values)
+        is_least = torch.eq(values, least, out=scratch.like(values, "least"))
+        return torch.maximum(is_least, torch.eq(values, greatest, out=scratch.like(values, "greatest")), out=is_least)
+
     def on_grid(self, codes: Tensor) -> Tensor:
         """Values that the quantizer, given the same scales, encodes to exactly ``codes``; float32."""
         return _affine(_take(self.alphabet, codes), self.scale, self.offset)

@@ -50,6 +50,16 @@ def skeleton(reader: CheckpointReader) -> Any:
         return found(config)
 
 
+def refuse_protected(name: str, manifest: dict[str, Any] | None) -> None:
+    """Raise `QGuardError` with the publisher's notice if there is a manifest of a checkpoint that was encrypted against
+    quantization: it breaks, guarded or not."""
+    if manifest is not None:
+        raise QGuardError(
+            f"{name} is protected against quantization. {manifest.get('notice', '')} With the key, load it with "
+            "QGuardUnlockConfig, or turn it back with qguard decrypt"
+        )
+
+
 def refuse_quantized(reader: CheckpointReader) -> None:
     """Raise `QGuardError` if the checkpoint's weights are quantized already."""
     config = reader.quantization_config

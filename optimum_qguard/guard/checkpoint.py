@@ -21,7 +21,8 @@ from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpo
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
-from optimum_qguard.guard.architecture import model_class, refuse_quantized
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
+from optimum_qguard.guard.architecture import model_class, refuse_protected, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QGuardConfig
@@ -71,6 +72,7 @@ def guard_checkpoint(
     guarding = QGuardConfig(BitsAndBytesConfig(load_in_8bit=True), **options)
     reader = open_checkpoint(model)
     refuse_quantized(reader)
+    refuse_protected(str(model), protection(reader.file(MANIFEST_FILE)))
     check_output(out, reader.folder, overwrite=overwrite)
     check_space(out, reader.n_bytes)
     targets = find_targets(reader, format)

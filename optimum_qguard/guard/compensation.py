@@ -115,7 +115,7 @@ def round_compensated(
         feedback.upper,
         columns(stream.uniform(0, torch.empty(blocks.shape, device=weight.device))),
         _Columns(grid, columns),
-        _Kept(columns(_sets_scale(blocks, grid)), columns(quantized.block_codes)),
+        _Kept(columns(grid.sets_scale(blocks.float()) > 0), columns(quantized.block_codes)),
     )
     return chosen[order.argsort()].T.contiguous()
 
@@ -140,20 +140,12 @@ def hand_over(
         ranges = list(block_ranges(blocks))
         for index, part in enumerate(ranges):
             values = blocks[part].float()
-            result[part] = torch.where(_sets_scale(values, grid[part]), values, grid[part].on_grid(chosen[part]))
+            result[part] = grid[part].on_grid(chosen[part]).lerp_(values, grid[part].sets_scale(values))
             if index == len(ranges) // 2:
                 sample = slice(None, None, values.numel() // _SAMPLED_WEIGHTS | 1)
                 before = format.encode(blocks[part][sample], grid[part][sample])
                 changed, sampled = int((before != chosen[part][sample]).sum()), before.numel()
     return Draw(format.unblock(result, weight.shape), None, changed / sampled if sampled else 0.0, sampled)
-
-
-def _sets_scale(values: Tensor, grid: Grid) -> Tensor:
-    """Which weights of ``values`` ``(n_blocks, block_size)`` the quantizer takes a block's scale from."""
-    if grid.offset is None:
-        magnitude = values.abs()
-        return magnitude == magnitude.amax(1, keepdim=True)
-    return (values == values.amin(1, keepdim=True)) | (values == values.amax(1, keepdim=True))
 
 
 class _Columns:

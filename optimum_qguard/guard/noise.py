@@ -130,27 +130,14 @@ def _move(
     if method == "stochastic":
         uniform = stream.uniform(start, scratch.like(values, "uniform"))
         rounded = grid.round_stochastically(values, uniform, scratch)
-        return rounded if grid.keeps_extremes else _restore_scale(rounded, values, grid, scratch)
+        # The quantizer must find the same scale again.
+        return rounded if grid.keeps_extremes else rounded.lerp_(values, grid.sets_scale(values, scratch))
     if amplitude is None:
         raise ValueError(f"{method} noise needs an amplitude")
     if method == "gaussian":
         return values.add_(stream.normal(start, scratch.like(values, "normal")), alpha=amplitude)
     uniform = stream.uniform(start, scratch.like(values, "uniform"))
     return values.add_(uniform.mul_(2).sub_(1), alpha=amplitude)
-
-
-def _restore_scale(rounded: Tensor, values: Tensor, grid: Grid, scratch: Scratch) -> Tensor:
-    """Put the weights that the quantizer takes a block's scale from back into ``rounded``: it must find the same scale
-    again."""
-    # Masks of floats, because torch's CPU kernels for booleans take several times as long.
-    if grid.offset is None:
-        magnitude = torch.abs(values, out=scratch.like(values, "magnitude"))
-        sets_scale = torch.eq(magnitude, magnitude.amax(1, keepdim=True), out=magnitude)
-    else:
-        least = torch.eq(values, values.amin(1, keepdim=True), out=scratch.like(values, "least"))
-        greatest = torch.eq(values, values.amax(1, keepdim=True), out=scratch.like(values, "greatest"))
-        sets_scale = torch.maximum(least, greatest, out=least)
-    return rounded.lerp_(values, sets_scale)
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

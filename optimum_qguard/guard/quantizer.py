@@ -12,9 +12,8 @@ one, counts what it guarded, and raises at the end if any tensor that the librar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -30,14 +29,15 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.header import read_header
 from optimum_qguard.checkpoint.protection import UNLOCKED, protection_of
 from optimum_qguard.formats import Format, Scratch, WeightError
+from optimum_qguard.guard.architecture import refuse_protected
 from optimum_qguard.guard.backends import backend_of, require
 from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+from optimum_qguard.guard.global_noise import global_half_width
+from optimum_qguard.guard.load_checks import check_files, is_quantized, not_loaded
 from optimum_qguard.guard.noise import Draw, Method, draw, half_width
 from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.prerounding import Prerounding, full_precision
@@ -47,7 +47,6 @@ from optimum_qguard.guard.report import GuardReport, TensorReport
 from optimum_qguard.guard.saving import save_with_report
 
 build_quantizer = AutoHfQuantizer.from_config
-_FULL_PRECISION = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Guard:
@@ -87,8 +86,10 @@ class Guard:
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Note what the library will quantize, once it has put its modules in place."""
-        _check_files(kwargs.get("checkpoint_files"))
-        _refuse_protected(model, kwargs.get("checkpoint_files"))
+        check_files(kwargs.get("checkpoint_files"))
+        if not getattr(model, UNLOCKED, False):
+            found = protection_of(model, kwargs.get("checkpoint_files"))
+            refuse_protected(f"the model was not loaded: {model.name_or_path}", found and found[1])
         model.config.quantization_config = self._inner
         self._originals["preprocess_model"](model=model, **kwargs)
         if self._backend.calibrates:
@@ -102,11 +103,11 @@ class Guard:
             self._rescalings = find_balanced_outliers(files or (), model_type, self._expected)
         if self._config.noise == "global":
             try:
-                self._global_amplitude = _global_half_width(
+                self._global_amplitude = global_half_width(
                     model, files, self._quantizer, self._expected, self._half_width
                 )
             except WeightError as error:
-                raise _not_loaded(error) from error
+                raise not_loaded(error) from error
         if self._prerounding is not None:
             self._preround_before_loading(model, self._prerounding, **kwargs)
 
@@ -132,7 +133,7 @@ class Guard:
                 self._mend(full)
                 prerounding.run(full, formats)
             except (WeightError, QGuardError) as error:
-                raise _not_loaded(error) from error
+                raise not_loaded(error) from error
             return proceed(dtype)
 
         model._get_dtype_plan = preround_and_proceed
@@ -166,7 +167,7 @@ class Guard:
         if self._backend.calibrates:
             self._backend.forget_samples(self._quantizer, model)
             self._expected |= {f"{name}.weight" for name in self._backend.calibrated_modules(model)}
-        missed = sorted(name for name in self._expected - self._tensors.keys() if _is_quantized(model, name))
+        missed = sorted(name for name in self._expected - self._tensors.keys() if is_quantized(model, name))
         if missed:
             raise QGuardError(
                 f"the model was not loaded: {len(missed)} tensor(s) were quantized without guard, the first "
@@ -200,7 +201,7 @@ class Guard:
                 guarded[name] = value
             return operation(guarded)
         except Exception as error:
-            self._failure = _not_loaded(error, *names)
+            self._failure = not_loaded(error, *names)
             self._failure.__cause__ = error
             raise
 
@@ -221,7 +222,7 @@ class Guard:
             for name, weight in weights.items():
                 weight.data = self._randomize(model, name, weight.data)
         except WeightError as error:
-            raise _not_loaded(error) from error
+            raise not_loaded(error) from error
 
     @torch.no_grad()
     def _mend(self, model: nn.Module) -> None:
@@ -369,73 +370,6 @@ def register() -> None:
         return merge(quantization_config, quantization_config_from_args)
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_unless_guarded)
-
-
-def _not_loaded(error: Exception, *names: str) -> QGuardError:
-    """What `error` says, in one line, and of which tensors if it does not say that itself."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    about = "" if not names or any(name in said for name in names) else f"{', '.join(names)}: "
-    return QGuardError(f"the model was not loaded: {about}{said}")
-
-
-def _is_quantized(model: nn.Module, name: str) -> bool:
-    """Whether the parameter is no longer a plain full-precision one."""
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError:
-        return True
-    return type(parameter) is not nn.Parameter or parameter.dtype not in _FULL_PRECISION
-
-
-def _check_files(files: Sequence[str] | None) -> None:
-    """Of a truncated file transformers would say neither its name nor what to do."""
-    for file in files or ():
-        if str(file).endswith(".safetensors"):
-            try:
-                read_header(Path(file))
-            except CheckpointError as error:
-                raise _not_loaded(error) from error
-
-
-def _refuse_protected(model: Any, files: Sequence[str] | None) -> None:
-    """A checkpoint that was encrypted against quantization breaks, guarded or not."""
-    found = protection_of(model, files)
-    if found is not None and not getattr(model, UNLOCKED, False):
-        raise QGuardError(
-            f"the model was not loaded: {model.name_or_path} is protected against quantization. "
-            f"{found[1].get('notice', '')} With the key, load it with QGuardUnlockConfig"
-        )
-
-
-def _global_half_width(
-    model: Any,
-    files: Sequence[str] | None,
-    quantizer: Any,
-    expected: set[str],
-    half_width_of: Callable[[nn.Module, str, Tensor], float],
-) -> float:
-    """Equation (4): the median over tensors of their half-width, from one pass over the checkpoint's files."""
-    from safetensors import safe_open
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        raise QGuardConfigError("noise='global' reads the checkpoint twice and needs it in safetensors files")
-    mapping = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    found = []
-    for file in files:
-        # transformers builds models under torch.device("meta"), where a tensor made on the way would hold nothing.
-        with safe_open(file, framework="pt") as tensors, torch.device("cpu"):
-            for key in tensors.keys():  # noqa: SIM118
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-                if name in expected:
-                    found.append(half_width_of(model, name, tensors.get_tensor(key)))
-    if not found:
-        raise QGuardConfigError("noise='global' found no tensor in the checkpoint that the quantizer will quantize")
-    return median(found)
 
 
 def _json_safe(value: Any) -> Any:

@@ -36,10 +36,21 @@ def test_a_random_llama_that_is_there_is_not_written_again(random_model: Path) -
 @pytest.mark.parametrize("backend", guard_load.BACKENDS)
 def test_both_sides_and_the_quantizer_alone(random_model: Path, backend: str) -> None:
     plain = guard_load.load(random_model, backend, "cpu")
-    guarded = guard_load.load(random_model, backend, "cpu", guarded=True)
+    guarded = guard_load.load(random_model, backend, "cpu", "guarded")
     assert not hasattr(plain, "qguard_report")
     assert len(guarded.qguard_report.tensors) == 7 * TINY.num_hidden_layers
     assert guard_load.quantizer_seconds(random_model, backend, "cpu") > 0
+
+
+def test_an_encrypted_copy_is_loaded_with_its_key(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTIMUM_QGUARD_CACHE", str(tmp_path))
+    guard_load.encrypt(random_model, guard_load.encrypted(random_model))
+    unlocked = guard_load.load(random_model, "bnb-int8", "cpu", guard_load.UNLOCKED)
+    plain = guard_load.load(random_model, "bnb-int8", "cpu")
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(unlocked.get_submodule(name).weight.CB, plain.get_submodule(name).weight.CB)
 
 
 @pytest.mark.slow

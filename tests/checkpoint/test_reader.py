@@ -220,3 +220,10 @@ def test_hub_repository_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) 
 def test_one_revision_only() -> None:
     with pytest.raises(CheckpointError, match="give one"):
         open_checkpoint("org/model@v1", revision="v2")
+
+
+def test_an_adapter_without_its_model(write: Write) -> None:
+    folder = write()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds an adapter .* merge it into its model"):
+        open_checkpoint(folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_qguard.encrypt.architectures import find_sites, known_model_types
+from optimum_qguard.encrypt.architectures import ArchitectureError, find_sites, known_model_types
 from optimum_qguard.encrypt.sites import Site
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 11, 42, 7], [8, 8, 29, 4, 80, 33, 21]])

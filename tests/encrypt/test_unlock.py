@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_qguard import QGuardConfig, QGuardError, QGuardNF4Config
+from optimum_qguard import QGuardConfig, QGuardError, QGuardNF4Config, guard_all
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
 from optimum_qguard.encrypt.transform import encrypt_checkpoint
 from optimum_qguard.encrypt.unlock import QGuardUnlockConfig
 from optimum_qguard.guard.backends import preset
+from optimum_qguard.guard.checkpoint import guard_checkpoint
 
 KEY = Key(bytes(range(32)))
 IDS = torch.arange(24).view(2, 12) * 17 % 512
@@ -85,6 +86,14 @@ def test_a_key_file_and_no_key_in_the_dict(encrypted: Path, tiny_llama: Path, tm
 def test_guard_without_the_key_gives_the_publishers_notice(encrypted: Path) -> None:
     with pytest.raises(QGuardError, match=r"protected against quantization\. Its publisher does not want .* the key"):
         load(encrypted, QGuardNF4Config())
+    with guard_all(), pytest.raises(QGuardError, match="protected against quantization"):
+        load(encrypted, preset("bnb-int8"))
+
+
+def test_noising_for_llama_cpp_without_the_key_too(encrypted: Path, tmp_path: Path) -> None:
+    with pytest.raises(QGuardError, match="protected against quantization"):
+        guard_checkpoint(encrypted, tmp_path / "out", "gguf-q8_0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_quantization_breaks_it(encrypted: Path, tiny_llama: Path) -> None:
