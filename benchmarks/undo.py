@@ -21,7 +21,7 @@ from optimum_qguard.attacks.rebalance import rebalance_checkpoint
 from optimum_qguard.encrypt.transform import encrypt_checkpoint
 from optimum_qguard.evaluate import smollm2_path, standard_library_text
 
-FORMATS = ("bnb-int8", "bnb-nf4", "torchao-int4")
+FORMATS = ("bnb-int8", "torchao-int8", "bnb-nf4", "torchao-int4")
 ORIGINAL = "original"
 MODES: Mapping[str, Mapping[str, Any]] = {
     "exact": {},
