@@ -132,6 +132,20 @@ def test_there_and_back(tiny_llama: Path, dense: tuple[Path, EncryptReport], tmp
     assert not (tmp_path / "back" / "qguard.json").exists()
 
 
+def test_files_and_workers_make_no_difference(
+    dense: tuple[Path, EncryptReport], tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    report = encrypt_checkpoint(tmp_path / "sharded", tmp_path / "out", key=KEY, mode="dense", workers=3)
+    assert len(report.files) > 3
+    assert report.mixed == dense[1].mixed
+    expected = load_file(dense[0] / "model.safetensors")
+    for file in report.files:
+        for name, tensor in load_file(tmp_path / "out" / file).items():
+            assert torch.equal(tensor, expected[name]), name
+
+
 def test_mechanisms_that_are_off_leave_the_bits(tiny_llama: Path, tmp_path: Path) -> None:
     off = {"conditioning": Conditioning(1, 1), "residue": Residue(rank=0)}
     report = encrypt_checkpoint(tiny_llama, tmp_path / "off", key=KEY, mode="dense", **off)  # type: ignore[arg-type]
