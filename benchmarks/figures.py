@@ -16,7 +16,7 @@ from typing import Any
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "threat-model.md", ROOT / "docs" / "encrypt.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt")))
 
 Rows = Sequence[Mapping[str, Any]]
 
