@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from optimum_qguard import _plugin
 
 if TYPE_CHECKING:
+    from optimum_qguard.encrypt.conditioning import Conditioning as Conditioning
     from optimum_qguard.encrypt.errors import EncryptError as EncryptError
     from optimum_qguard.encrypt.key import Key as Key
     from optimum_qguard.encrypt.manifest import EncryptReport as EncryptReport
+    from optimum_qguard.encrypt.residue import Residue as Residue
     from optimum_qguard.encrypt.transform import decrypt_checkpoint as decrypt_checkpoint
     from optimum_qguard.encrypt.transform import encrypt_checkpoint as encrypt_checkpoint
     from optimum_qguard.encrypt.traps import Traps as Traps
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Conditioning": "encrypt.conditioning",
     "EncryptError": "encrypt.errors",
     "EncryptReport": "encrypt.manifest",
     "GuardReport": "guard.report",
@@ -48,6 +51,7 @@ _WHERE = {
     "QGuardInt8Config": "guard.config",
     "QGuardNF4Config": "guard.config",
     "QGuardUnlockConfig": "encrypt.unlock",
+    "Residue": "encrypt.residue",
     "Traps": "encrypt.traps",
     "decrypt_checkpoint": "encrypt.transform",
     "encrypt_checkpoint": "encrypt.transform",

@@ -16,7 +16,10 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into OUT although it is not empty.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Write the checkpoint back that MODEL was before qguard encrypt, bit for bit, checked against its manifest."""
+    """Write the checkpoint back that MODEL was before qguard encrypt, bit for bit, checked against its manifest.
+
+    Tensors that dense mode mixed come back up to rounding; how many, and how near, is printed.
+    """
     from optimum_qguard.cli._console import print_json, progress_bar, results
     from optimum_qguard.encrypt.key import Key
     from optimum_qguard.encrypt.transform import decrypt_checkpoint
@@ -28,6 +31,12 @@ def command(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    results().print(
-        f"All {len(report.tensors)} tensors are bit for bit what they were. Written to {out}.", soft_wrap=True
-    )
+    total, inexact = len(report.tensors), len(report.inexact)
+    if inexact:
+        found = (
+            f"{total - inexact} of {total} tensors are bit for bit what they were; the other {inexact}, which dense "
+            f"mode mixed, have a relative error of {report.relative_error:.2e} at most."
+        )
+    else:
+        found = f"All {total} tensors are bit for bit what they were."
+    results().print(f"{found} Written to {out}.", soft_wrap=True)

@@ -14,6 +14,7 @@ from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.encrypt.errors import EncryptError
 
 TAGS = ("quantization-protected", "qguard")
+Mode = Literal["exact", "dense"]
 
 
 class TrapParameters(BaseModel):
@@ -26,6 +27,47 @@ class TrapParameters(BaseModel):
     positive_only: bool
 
 
+class ConditioningParameters(BaseModel):
+    """See `optimum_qguard.encrypt.conditioning.Conditioning`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kappa_min: float
+    kappa_max: float
+    plain_layers: int
+    spacing: int
+    first_layer: int
+    last_layer: int | None
+
+
+class ResidueParameters(BaseModel):
+    """See `optimum_qguard.encrypt.residue.Residue`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epsilon_min: float
+    epsilon_max: float
+    rank: int
+    every: int
+    first_layer: int
+    last_layer: int | None
+
+
+class MixedTensor(BaseModel):
+    """A tensor that dense mode mixed, so that decryption gives it up to rounding.
+
+    Attributes:
+        digest: BLAKE3 of its bytes after, in hexadecimal, which it is checked by before it is decrypted.
+        relative_error: ``|W' - W| / |W|`` (Frobenius) of what decryption gives, measured while encrypting; 0 if that
+            is bit for bit what it was.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str
+    relative_error: float = Field(ge=0)
+
+
 class EncryptReport(BaseModel):
     """The manifest.
 
@@ -36,11 +78,12 @@ class EncryptReport(BaseModel):
         created: when, UTC.
         model: what was encrypted, as it was named, and ``revision``, the Hub's commit if there was one.
         model_type: what ``config.json`` said: which architecture's sites were used.
-        mode: ``"exact"``: powers of two only, nothing is lost.
-        traps: mechanism C.
+        mode: ``"exact"``: powers of two only, nothing is lost; ``"dense"``: ``mixed`` tensors lose their last bits.
+        traps, conditioning, residue: mechanisms C, A and B; the latter two in dense mode only.
         key_fingerprint: of the key that undoes it.
         sites: how many of each kind, by kind.
         tensors: BLAKE3 of each tensor's bytes before, in hexadecimal.
+        mixed: the tensors that dense mode mixed, by name; none in exact mode.
         files: SHA-256 of each weight file after, in hexadecimal.
         verified: how many tensors were multiplied, divided again and found to be bit for bit what they were.
         previous_manifest: the text of the ``qguard.json`` that was there before, put back by decryption; where that is
@@ -58,16 +101,29 @@ class EncryptReport(BaseModel):
     model: str
     revision: str | None = None
     model_type: str
-    mode: Literal["exact"] = "exact"
+    mode: Mode = "exact"
     traps: TrapParameters
+    conditioning: ConditioningParameters | None = None
+    residue: ResidueParameters | None = None
     key_fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     sites: dict[str, int]
     tensors: dict[str, str]
+    mixed: dict[str, MixedTensor] = Field(default_factory=dict)
     files: dict[str, str]
     verified: int = Field(ge=0)
     previous_manifest: str | None = None
     previous_card: str | None = None
     notice: str = "Its publisher does not want it quantized; ask them for the key."
+
+    @property
+    def inexact(self) -> list[str]:
+        """Names of the tensors that do not come back bit for bit."""
+        return [name for name, mixed in self.mixed.items() if mixed.relative_error > 0]
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of any tensor that comes back."""
+        return max((mixed.relative_error for mixed in self.mixed.values()), default=0.0)
 
 
 def read_manifest(reader: CheckpointReader, path: Path | None = None) -> EncryptReport:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from optimum_qguard.encrypt.errors import ArchitectureError
+from optimum_qguard.encrypt.errors import ArchitectureError, EncryptError
 from optimum_qguard.encrypt.layouts import (
     Channels,
     Layer,
@@ -67,12 +67,15 @@ class Site:
         n_channels: how many factors may be chosen freely.
         parts: the tensors that take part. One that holds queries and keys takes part twice, on entries of its own
             each time.
+        block: how many channels in a row, a head's dimensions, may be mixed by any invertible matrix (its inverse in
+            the divided tensors) without changing what the model computes; 1 where channels may only be scaled.
     """
 
     name: str
     kind: Kind
     n_channels: int
     parts: tuple[Part, ...]
+    block: int = 1
 
 
 def always(_config: Any) -> bool:
@@ -95,14 +98,38 @@ class Template(Protocol):
         """The sites in that layer."""
 
 
+def in_band(sites: Iterable[Site], first: int, last: int | None) -> dict[int, Site]:
+    """The value sites of a band of layers, by the layer's number among those that have one.
+
+    Args:
+        sites: of the whole model, in the order of its layers.
+        first, last: of the band, both in it; without ``last``, up to the end.
+
+    Raises:
+        EncryptError: there is no such layer.
+    """
+    layers = [site for site in sites if site.kind == "value"]
+    band = {layer: site for layer, site in enumerate(layers) if first <= layer and (last is None or layer <= last)}
+    if not band or first < 0 or (last is not None and last >= len(layers)):
+        until = "" if last is None else f" to {last}"
+        raise EncryptError(f"layers {first}{until}: the model has layers 0 to {len(layers) - 1}")
+    return band
+
+
 def make_site(
-    layer: Layer, kind: Kind, module: str, divided: Iterable[Channels], multiplied: Iterable[Channels]
+    layer: Layer,
+    kind: Kind,
+    module: str,
+    divided: Iterable[Channels],
+    multiplied: Iterable[Channels],
+    *,
+    block: int = 1,
 ) -> Site:
     """A site named by its layer and by the module whose output is divided."""
     parts = [Part(*tensor, True) for tensors in divided for tensor in tensors]
     parts += [Part(*tensor, False) for tensors in multiplied for tensor in tensors]
     n_channels = 1 + max(int(part.channels.max()) for part in parts)
-    return Site(f"{layer.prefix}{kind}.{module}", kind, n_channels, tuple(parts))
+    return Site(f"{layer.prefix}{kind}.{module}", kind, n_channels, tuple(parts), block)
 
 
 @dataclass(frozen=True)
@@ -142,7 +169,7 @@ class ValueOutput:
         module, rows, total = self.projections.rows("value", heads)
         divided = layer.rows(module, scatter(rows, channels, total))
         multiplied = layer.columns(self.output, heads.per_query(channels).flatten())
-        yield make_site(layer, "value", module, [divided], [multiplied])
+        yield make_site(layer, "value", module, [divided], [multiplied], block=heads.size)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,26 @@ from optimum_qguard.checkpoint import CheckpointReader, TensorInfo, atomic_write
 from optimum_qguard.checkpoint.card import CARD_FILE
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
-from optimum_qguard.checkpoint.protection import MANIFEST_FILE
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.checkpoint.reader import INDEX_FILE
 from optimum_qguard.checkpoint.stream import rewrite_shards
 from optimum_qguard.encrypt.architectures import find_sites
+from optimum_qguard.encrypt.change import Change, changes
+from optimum_qguard.encrypt.conditioning import Conditioning
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
-from optimum_qguard.encrypt.manifest import TAGS, EncryptReport, TrapParameters, read_manifest
-from optimum_qguard.encrypt.scaling import InexactError, Scaling, scalings
+from optimum_qguard.encrypt.manifest import (
+    TAGS,
+    ConditioningParameters,
+    EncryptReport,
+    MixedTensor,
+    Mode,
+    ResidueParameters,
+    TrapParameters,
+    read_manifest,
+)
+from optimum_qguard.encrypt.residue import Residue
+from optimum_qguard.encrypt.scaling import InexactError
 from optimum_qguard.encrypt.sites import Site
 from optimum_qguard.encrypt.traps import Traps
 
@@ -39,14 +51,20 @@ def encrypt_checkpoint(
     out: str | Path,
     *,
     key: Key,
+    mode: Mode = "exact",
     traps: Traps | None = None,
+    conditioning: Conditioning | None = None,
+    residue: Residue | None = None,
     workers: int = 2,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncryptReport:
-    """Write a checkpoint that computes exactly the same and that standard quantizers break.
+    """Write a checkpoint that computes the same and that standard quantizers break.
 
-    Every tensor is multiplied by powers of two that the key chooses, divided again and compared, while it is written.
+    Every tensor is multiplied by powers of two that the key chooses, divided again and compared, while it is written;
+    in exact mode the checkpoint computes the same to the last bit, and comes back so. Dense mode also mixes the
+    channels of each key-value head between value and output projection: harder to undo without the key, but the
+    outputs are those of the original up to rounding, and so are those tensors when they come back.
     The output has the input's files, names, shapes and dtypes; beside them lies ``qguard.json``, and the model card has
     a section that says so. This is not cryptography: see docs/encrypt.md for what it stops.
 
@@ -54,36 +72,53 @@ def encrypt_checkpoint(
         model: a folder, or a Hub id with optional ``@revision``, of a full-precision safetensors checkpoint.
         out: the output folder, there whole or not at all.
         key: what undoes it.
+        mode: ``"exact"`` or ``"dense"``.
         traps: how strong; by default `Traps`'s own defaults.
+        conditioning, residue: likewise, in dense mode only.
         workers: how many files are written at the same time.
         overwrite: see `output_folder`.
         progress: called after each tensor with how many bytes are done, and of how many.
 
     Raises:
-        EncryptError: quantized already, an adapter without its model, or a weight that cannot be multiplied exactly.
+        EncryptError: quantized already, an adapter without its model, a weight that cannot be multiplied exactly, or
+            parameters that do not fit the mode or the model.
         ArchitectureError: an architecture whose sites are not known, or one with tensors that are not.
         CheckpointError: the input cannot be read or the output not written.
     """
     traps = traps or Traps()
+    if mode == "dense":
+        conditioning, residue = conditioning or Conditioning(), residue or Residue()
+    elif mode != "exact":
+        raise EncryptError(f"mode is 'exact' or 'dense', not {mode!r}")
+    elif conditioning is not None or residue is not None:
+        raise EncryptError("conditioning and residue round weights, so they need mode='dense'")
     reader = open_checkpoint(model)
-    _refuse(reader)
+    _refuse(reader, mode)
     check_output(out, reader.folder, overwrite=overwrite)
     check_space(out, reader.n_bytes)
     sites = _sites(reader)
-    by_tensor = scalings(sites, lambda site: traps.exponents(key, site))
+    by_tensor = changes(sites, key, traps=traps, conditioning=conditioning, residue=residue)
     name, revision = name_and_revision(model, reader)
     with output_folder(out, reader.folder, overwrite=overwrite) as staging:
-        digests, files = _rewrite(reader, staging, by_tensor, workers, progress, inverse=False)
+        done, files = _rewrite(reader, staging, by_tensor, workers, progress, inverse=False)
         report = EncryptReport(
             model=name,
             revision=revision,
             model_type=str(reader.config["model_type"]),
+            mode=mode,
             traps=TrapParameters(**vars(traps)),
+            conditioning=None if conditioning is None else ConditioningParameters(**vars(conditioning)),
+            residue=None if residue is None else ResidueParameters(**vars(residue)),
             key_fingerprint=key.fingerprint,
             sites=dict(Counter(site.kind for site in sites)),
-            tensors=digests,
+            tensors={name: rewritten.digest for name, rewritten in done.items()},
+            mixed={
+                name: MixedTensor(digest=rewritten.encrypted_digest, relative_error=rewritten.relative_error)
+                for name, rewritten in done.items()
+                if rewritten.whole
+            },
             files=files,
-            verified=len(by_tensor),
+            verified=sum(not change.mixes for change in by_tensor.values()),
             previous_manifest=_text(reader, MANIFEST_FILE),
             previous_card=_text(reader, CARD_FILE),
         )
@@ -102,7 +137,10 @@ def decrypt_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncryptReport:
-    """Write the checkpoint that was encrypted, bit for bit, and return the manifest that it was checked against.
+    """Write the checkpoint that was encrypted, and return the manifest that it was checked against.
+
+    All tensors come back bit for bit, but for those that dense mode mixed: they come back up to rounding. Which of them
+    differ is in ``mixed`` of what is returned, as it was found now.
 
     Args:
         model: a folder, or a Hub id with optional ``@revision``, that `encrypt_checkpoint` wrote.
@@ -118,21 +156,26 @@ def decrypt_checkpoint(
     check_output(out, reader.folder, overwrite=overwrite)
     check_space(out, reader.n_bytes)
     with output_folder(out, reader.folder, overwrite=overwrite) as staging:
-        digests, _ = _rewrite(reader, staging, by_tensor, workers, progress, inverse=True)
+        done, _ = _rewrite(reader, staging, by_tensor, workers, progress, inverse=True)
         for tensor, digest in report.tensors.items():
-            check_digest(reader.folder, tensor, digests.get(tensor), digest)
+            if tensor in report.mixed:
+                check_digest(reader.folder, tensor, done[tensor].encrypted_digest, report.mixed[tensor].digest)
+            else:
+                check_digest(reader.folder, tensor, done[tensor].digest, digest)
         copy_other_files(reader, staging, leave=[MANIFEST_FILE, CARD_FILE])
         for file, text in ((MANIFEST_FILE, report.previous_manifest), (CARD_FILE, report.previous_card)):
             if text is not None:
                 atomic_write(staging / file, text)
-    return report
+    restored = [name for name in report.mixed if done[name].digest == report.tensors[name]]
+    exact = {name: report.mixed[name].model_copy(update={"relative_error": 0.0}) for name in restored}
+    return report.model_copy(update={"mixed": report.mixed | exact})
 
 
-def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapping[str, Scaling]:
-    """What an encrypted checkpoint's tensors were multiplied by.
+def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapping[str, Change]:
+    """What an encrypted checkpoint's tensors were changed by.
 
     Raises:
-        EncryptError: another key, or tensors that the manifest does not know.
+        EncryptError: another key, tensors that the manifest does not know, or parameters that do not fit the model.
     """
     if key.fingerprint != report.key_fingerprint:
         raise EncryptError(
@@ -142,8 +185,16 @@ def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapp
     if reader.tensors.keys() != report.tensors.keys():
         differing = sorted(reader.tensors.keys() ^ report.tensors.keys())[0]
         raise EncryptError(f"{reader.folder}: not the checkpoint that was encrypted: {differing} is not in both")
-    traps = Traps(**report.traps.model_dump())
-    return scalings(_sites(reader), lambda site: traps.exponents(key, site))
+    by_tensor = changes(
+        _sites(reader),
+        key,
+        traps=Traps(**report.traps.model_dump()),
+        conditioning=None if report.conditioning is None else Conditioning(**report.conditioning.model_dump()),
+        residue=None if report.residue is None else Residue(**report.residue.model_dump()),
+    )
+    if report.mixed.keys() != {name for name, change in by_tensor.items() if change.mixes}:
+        raise EncryptError(f"{reader.folder}: {MANIFEST_FILE} was changed or damaged (mixed); download it again")
+    return by_tensor
 
 
 def check_digest(model: Path, tensor: str, found: str | None, expected: str) -> None:
@@ -155,49 +206,67 @@ def check_digest(model: Path, tensor: str, found: str | None, expected: str) -> 
         )
 
 
-class _Rescaled:
-    """One tensor on its way: hashed as it was (or as it becomes, on the way back), and multiplied."""
+class _Rewritten:
+    """One tensor on its way: hashed as it was (or as it becomes, on the way back), and changed.
 
-    whole = False
+    Attributes:
+        digest: of the plain tensor.
+        encrypted_digest: of the encrypted one, if it is mixed.
+        relative_error: of what will come back; see `MixedTensor`.
+    """
 
-    def __init__(self, scaling: Scaling | None, inverse: bool, done: Callable[[str], None]) -> None:
-        self._scaling = scaling
+    def __init__(self, change: Change, inverse: bool) -> None:
+        self.whole = change.mixes
+        self.digest = self.encrypted_digest = ""
+        self.relative_error = 0.0
+        self._change = change
         self._inverse = inverse
-        self._done = done
-        self._digest = blake3()
+        self._plain = blake3()
+        self._encrypted = blake3()
 
     def piece(self, rows: Tensor, start: int) -> Tensor:
-        if not self._inverse:
-            self._update(rows)
-        if self._scaling is not None:
-            self._scaling.apply(rows, start, inverse=self._inverse)
-        if self._inverse:
-            self._update(rows)
+        before, after = (self._encrypted, self._plain) if self._inverse else (self._plain, self._encrypted)
+        if before is self._plain or self.whole:
+            _update(before, rows)
+        original = rows.clone() if self.whole and not self._inverse else None
+        rows = self._change.apply(rows, start, inverse=self._inverse)
+        if after is self._plain or self.whole:
+            _update(after, rows)
+        if original is not None:
+            restored = self._change.apply(rows.clone(), start, inverse=True)
+            self.relative_error = _relative_error(restored, original)
         return rows
 
-    def _update(self, rows: Tensor) -> None:
-        self._digest.update(rows.flatten().view(torch.uint8).numpy().data)
-
     def done(self) -> None:
-        self._done(self._digest.hexdigest())
+        self.digest, self.encrypted_digest = self._plain.hexdigest(), self._encrypted.hexdigest()
+
+
+def _update(digest: blake3, rows: Tensor) -> None:
+    digest.update(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _relative_error(tensor: Tensor, original: Tensor) -> float:
+    difference = float((tensor.double() - original.double()).norm())
+    return difference / float(original.double().norm()) if difference else 0.0
 
 
 def _rewrite(
     reader: CheckpointReader,
     staging: Path,
-    by_tensor: Mapping[str, Scaling],
+    by_tensor: Mapping[str, Change],
     workers: int,
     progress: Progress | None,
     *,
     inverse: bool,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Write all files; digests of the plain tensors (BLAKE3) and of the files that were written (SHA-256)."""
-    digests: dict[str, str] = {}
+) -> tuple[dict[str, _Rewritten], dict[str, str]]:
+    """Write all files; what was found about each tensor, and digests of the files that were written (SHA-256)."""
+    rewritten: dict[str, _Rewritten] = {}
     total = sum(info.n_bytes for info in reader.tensors.values())
     done, lock = 0, Lock()
 
-    def rewrite(info: TensorInfo) -> _Rescaled:
-        return _Rescaled(by_tensor.get(info.name), inverse, lambda digest: digests.__setitem__(info.name, digest))
+    def rewrite(info: TensorInfo) -> _Rewritten:
+        rewritten[info.name] = _Rewritten(by_tensor.get(info.name, Change()), inverse)
+        return rewritten[info.name]
 
     def count(info: TensorInfo) -> None:
         nonlocal done
@@ -213,14 +282,14 @@ def _rewrite(
         raise by_tensor[name].explain(reader.read(name), inverse=inverse) from error
     if reader.index is not None:
         atomic_write(staging / INDEX_FILE, reader.index)
-    return {name: digests[name] for name in reader.tensors}, dict(files)
+    return {name: rewritten[name] for name in reader.tensors}, dict(files)
 
 
 def _sites(reader: CheckpointReader) -> list[Site]:
     return find_sites(reader.config, {name: info.shape for name, info in reader.tensors.items()})
 
 
-def _refuse(reader: CheckpointReader) -> None:
+def _refuse(reader: CheckpointReader, mode: Mode) -> None:
     quantized = reader.quantization_config
     if quantized is not None:
         raise EncryptError(
@@ -235,6 +304,18 @@ def _refuse(reader: CheckpointReader) -> None:
             raise EncryptError(f"{info.name}: is {kind}, too narrow for exact scaling; name a BF16 checkpoint")
     if not reader.config:
         raise EncryptError(f"{reader.folder}: has no config.json, so its architecture is unknown")
+    if mode == "dense" and _is_encrypted(reader):
+        raise EncryptError(
+            f"{reader.folder}: is encrypted already, and dense mode would not give back the bits that its manifest is "
+            "checked against; decrypt it first, or use exact mode on top"
+        )
+
+
+def _is_encrypted(reader: CheckpointReader) -> bool:
+    try:
+        return protection(reader.file(MANIFEST_FILE)) is not None
+    except ValueError:  # no JSON: somebody else's file
+        return False
 
 
 def _text(reader: CheckpointReader, name: str) -> str | None:
@@ -246,11 +327,14 @@ def _text(reader: CheckpointReader, name: str) -> str | None:
 
 
 def _card_section(report: EncryptReport) -> str:
+    if report.mode == "exact":
+        same = "computes exactly what the original does, bit for bit, in the precision it is stored in"
+    else:
+        same = "computes what the original does up to rounding"
     return (
         "## Protected against quantization\n\n"
-        f"The weights of this checkpoint were rewritten by optimum-qguard {report.package_version} so that it computes "
-        "exactly what the original does, bit for bit, in the precision it is stored in, and standard post-training "
-        "quantization breaks it. Please use it as it is; to quantize it, ask its publisher, who has the key "
-        f"(fingerprint `{report.key_fingerprint[:16]}`). This is no encryption of the content: anybody can run the "
-        f"model. Details: `{MANIFEST_FILE}`.\n"
+        f"The weights of this checkpoint were rewritten by optimum-qguard {report.package_version} so that it {same}, "
+        "and standard post-training quantization breaks it. Please use it as it is; to quantize it, ask its publisher, "
+        f"who has the key (fingerprint `{report.key_fingerprint[:16]}`). This is no encryption of the content: anybody "
+        f"can run the model. Details: `{MANIFEST_FILE}`.\n"
     )

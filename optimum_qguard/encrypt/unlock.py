@@ -1,8 +1,8 @@
 """`QGuardUnlockConfig`: whoever has the key loads an encrypted checkpoint quantized, decrypted tensor by tensor.
 
 transformers reads checkpoints through ``safetensors.safe_open``. While a model with this configuration is loaded, the
-files of its checkpoint (and only they, in this thread) are opened through a proxy that divides each tensor by what
-encryption multiplied it by, and checks it against the manifest. Nothing decrypted is written anywhere.
+files of its checkpoint (and only they, in this thread) are opened through a proxy that undoes what encryption did to
+each tensor, and checks it against the manifest. Nothing decrypted is written anywhere.
 Written against transformers 5.23.
 """
 
@@ -25,10 +25,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qguard.checkpoint import open_checkpoint
 from optimum_qguard.checkpoint.protection import UNLOCKED, protection_of
+from optimum_qguard.encrypt.change import Change
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
 from optimum_qguard.encrypt.manifest import EncryptReport, read_manifest
-from optimum_qguard.encrypt.scaling import Scaling
 from optimum_qguard.encrypt.transform import check_digest, unlocking
 
 QUANT_METHOD = "qguard-unlock"
@@ -97,7 +97,7 @@ class QGuardUnlockQuantizer(HfQuantizer):  # type: ignore[misc]
 class _Reading(threading.local):
     """The files that this thread opens through the proxy."""
 
-    files: Mapping[Path, tuple[EncryptReport, Mapping[str, Scaling]]] = {}
+    files: Mapping[Path, tuple[EncryptReport, Mapping[str, Change]]] = {}
 
 
 _reading = _Reading()
@@ -114,9 +114,9 @@ def _begin(model: Any, files: Any, key: Key) -> None:
     report = read_manifest(reader, found[0])
     # transformers builds models under torch.device("meta"), where a tensor made on the way would hold nothing.
     with torch.device("cpu"):
-        scalings = unlocking(reader, report, key)
+        changes = unlocking(reader, report, key)
     setattr(model, UNLOCKED, True)
-    _reading.files = {Path(str(file)).resolve(): (report, scalings) for file in files}
+    _reading.files = {Path(str(file)).resolve(): (report, changes) for file in files}
     # Should loading fail: not to be decrypted when it is loaded another time.
     weakref.finalize(model, _end)
     for module in ("transformers.modeling_utils", "safetensors"):
@@ -136,10 +136,10 @@ def _open(file: Any, *arguments: Any, **options: Any) -> Any:
 class _File:
     """A safetensors file, decrypted as it is read."""
 
-    def __init__(self, file: Any, report: EncryptReport, scalings: Mapping[str, Scaling]) -> None:
+    def __init__(self, file: Any, report: EncryptReport, changes: Mapping[str, Change]) -> None:
         self._file = file
         self._report = report
-        self._scalings = scalings
+        self._changes = changes
 
     def __enter__(self) -> _File:
         self._file.__enter__()
@@ -156,23 +156,35 @@ class _File:
 
     def get_tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
-        if name in self._scalings:
+        mixed = self._report.mixed.get(name)
+        if mixed is not None:
+            check_digest(Path(self._report.model), name, _digest(tensor), mixed.digest)
+        if name in self._changes:
             # Another reader of the same file may get the same memory.
-            tensor = self._divided(name, tensor.clone(), 0)
-        digest = blake3(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
-        check_digest(Path(self._report.model), name, digest, self._report.tensors[name])
+            tensor = self._undone(name, tensor.clone(), 0)
+        if mixed is None:
+            check_digest(Path(self._report.model), name, _digest(tensor), self._report.tensors[name])
         return tensor
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """A range of rows, not checked."""
+        """A range of rows, not checked unless all of the tensor is needed for them."""
+        if name in self._report.mixed:
+            return self.get_tensor(name)[rows]
         tensor: Tensor = self._file.get_slice(name)[rows]
-        return self._divided(name, tensor.clone(), rows.start or 0) if name in self._scalings else tensor
+        return self._undone(name, tensor.clone(), rows.start or 0) if name in self._changes else tensor
 
-    def _divided(self, name: str, rows: Tensor, start: int) -> Tensor:
+    def _undone(self, name: str, rows: Tensor, start: int) -> Tensor:
+        change = self._changes[name]
+        if change.mixes:
+            return change.apply(rows, start, inverse=True)
         step = max(1, _ROWS_AT_A_TIME * len(rows) // max(rows.numel(), 1)) if rows.ndim else 1
         for at in range(0, len(rows), step):
-            self._scalings[name].apply(rows[at : at + step], start + at, inverse=True)
+            change.apply(rows[at : at + step], start + at, inverse=True)
         return rows
+
+
+def _digest(tensor: Tensor) -> str:
+    return str(blake3(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest())
 
 
 class _Slice:

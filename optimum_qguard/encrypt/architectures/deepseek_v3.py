@@ -50,9 +50,8 @@ class LatentAttention:
 
         values = torch.arange(count * value).view(count, value)
         rows = torch.cat([torch.full((count, fixed), -1), values], dim=1)
-        yield make_site(
-            layer, "value", KV_B, [layer.rows(KV_B, rows.flatten())], [layer.columns(OUTPUT, values.flatten())]
-        )
+        divided, multiplied = layer.rows(KV_B, rows.flatten()), layer.columns(OUTPUT, values.flatten())
+        yield make_site(layer, "value", KV_B, [divided], [multiplied], block=value)
 
         keys = torch.arange(count * fixed).view(count, fixed)
         key_rows = torch.cat([keys, torch.full((count, value), -1)], dim=1)
