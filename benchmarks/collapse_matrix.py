@@ -8,10 +8,13 @@ kept in the cache folder, so that a script that was stopped goes on where it was
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import logging
 import random
+import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS, argument_parser, print_table, versions, write
+from llamacpp import LlamaCpp, write_gguf
 from transformers import AutoModelForCausalLM, DynamicCache, TorchAoConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,10 +35,10 @@ from optimum_qguard.encrypt.transform import FP16_SAFE, encrypt_checkpoint
 from optimum_qguard.encrypt.traps import Traps
 from optimum_qguard.evaluate import smollm2_path, standard_library_text
 from optimum_qguard.evaluate.accuracy import exact_match
-from optimum_qguard.evaluate.arithmetic import Problem
+from optimum_qguard.evaluate.arithmetic import Problem, final_number
 from optimum_qguard.evaluate.behaviour import Behaviour
 from optimum_qguard.evaluate.cache import cache_folder, made_once
-from optimum_qguard.evaluate.collapse import measure_or_refuse
+from optimum_qguard.evaluate.collapse import Cell, measure_or_refuse
 from optimum_qguard.evaluate.evaluation import check_tasks
 from optimum_qguard.evaluate.generation import Answer, generate_answers
 from optimum_qguard.evaluate.heat_map import plot_heat_map
@@ -43,14 +47,17 @@ from optimum_qguard.evaluate.options import Options
 from optimum_qguard.evaluate.prompts import template_prompts
 from optimum_qguard.evaluate.similarity import similarity
 from optimum_qguard.evaluate.task import Task
+from optimum_qguard.formats import WeightError
 
-ORIGINAL, DEFAULT = "original", "encrypted"
-ENCRYPTED: Mapping[str, Traps] = {DEFAULT: Traps(), "weaker traps": Traps(strength=9), "FP16-safe": FP16_SAFE}
+ORIGINAL, DEFAULT, WEAKER = "original", "encrypted", "weaker traps"
+ENCRYPTED: Mapping[str, Traps] = {DEFAULT: Traps(), WEAKER: Traps(strength=9), "FP16-safe": FP16_SAFE}
 MODELS = (ORIGINAL, *ENCRYPTED)
 KEY = Key(bytes(range(32)))
 FULL, IDENTITY = "bf16", "bf16-identity"
 GPTQ_GROUP = 64  # SmolLM2's 576 columns are not a multiple of 128
 _CALIBRATION_CHARACTERS = 6000
+_RESULT_TOKENS = 40
+_PLACES = 24  # of the text, where llama.cpp is asked for its whole distribution
 
 Load = Callable[[Path], Any]
 
@@ -60,12 +67,12 @@ class Format:
     """One row.
 
     Attributes:
-        load: a folder, quantized.
+        load: a folder, quantized; ``None`` for what llama.cpp runs.
         how: the real library, or what stands for it.
         dtype: of the model that it is compared with.
     """
 
-    load: Load
+    load: Load | None
     how: str
     dtype: torch.dtype = torch.bfloat16
 
@@ -115,6 +122,7 @@ def load_cached(folder: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 LIBRARY, DECODED, ARITHMETIC = "library", "ggml's quantizer, decoded values run", "reference arithmetic"
+LLAMA_CPP = "llama.cpp-"
 FORMATS: Mapping[str, Format] = {
     FULL: Format(partial(load_model, device="cpu"), "full precision"),
     **{
@@ -138,6 +146,11 @@ FORMATS: Mapping[str, Format] = {
     **{
         f"gguf-{name}": Format(partial(load_model, format=f"gguf-{name}", device="cpu"), DECODED)
         for name in ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0")
+    },
+    **{
+        f"{LLAMA_CPP}{name}": Format(None, f"run by llama.cpp, KL at {_PLACES} places")
+        for name in ("q8_0", "q4_k_m")
+        if importlib.util.find_spec("xllamacpp")
     },
     **{name: Format(partial(load_model, format=name, device="cpu"), ARITHMETIC) for name in ("mxfp4", "nvfp4")},
     "kv-int8": Format(partial(load_cached, rounded=to_int8), ARITHMETIC),
@@ -169,7 +182,9 @@ class WordProblems(Task):
 
     def measure(self, subject: Behaviour, reference: Behaviour | None) -> dict[str, float]:
         count = subject.options.limit
-        found = exact_match(subject.model, subject.tokenizer, self.problems(count), max_new_tokens=40, batch_size=count)
+        found = exact_match(
+            subject.model, subject.tokenizer, self.problems(count), max_new_tokens=_RESULT_TOKENS, batch_size=count
+        )
         return {"accuracy": found.accuracy}
 
 
@@ -268,12 +283,58 @@ def run(name: str, format: str) -> dict[str, Any]:
     """One model in one format."""
 
     def make() -> dict[str, Any]:
+        if format.startswith(LLAMA_CPP):
+            return run_llama_cpp(folder_of(name), format.removeprefix(LLAMA_CPP)).as_json()
         reference = reference_in(FORMATS[format].dtype)
-        load = partial(FORMATS[format].load, folder_of(name))
-        tasks = check_tasks(TASKS, reference.options, compared=True) | {"arithmetic": WordProblems()}
-        return measure_or_refuse(load, reference.tokenizer, tasks, reference).as_json()
+        load = FORMATS[format].load
+        assert load is not None
+        return measure_or_refuse(
+            partial(load, folder_of(name)), reference.tokenizer, tasks_for(name, format), reference
+        ).as_json()
 
     return kept(name, format, make)
+
+
+def tasks_for(name: str, format: str) -> dict[str, Task]:
+    """All tasks where the table is about; of the weaker encryptions in the other formats KL divergence is enough."""
+    options = reference_in(torch.bfloat16).options
+    if name in (ORIGINAL, DEFAULT) or format in (FULL, "fp16") or (name == WEAKER and format.startswith("gguf-")):
+        return {**check_tasks(TASKS, options, compared=True), "arithmetic": WordProblems()}
+    return check_tasks(TASKS[:1], options, compared=True)
+
+
+def run_llama_cpp(folder: Path, kind: str) -> Cell:
+    """A file that llama.cpp runs: KL divergence at a few places of the text, and the same answers as elsewhere."""
+    reference = reference_in(torch.bfloat16)
+    options = reference.options
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "model.gguf"
+            write_gguf(folder, kind, path)
+            model = LlamaCpp(path, reference.tokenizer)
+            tokens = reference.tokenizer(reference.text)["input_ids"][: options.max_tokens]
+            found = []
+            for place in range(1, len(tokens), max(1, len(tokens) // _PLACES)):
+                q, p = model.log_probabilities(tokens[:place]), reference.logits[place - 1].double().log_softmax(-1)
+                if q is not None:
+                    found.append(float((p.exp() * (p - q)).sum()))
+            problems = WordProblems().problems(options.limit)
+            results = model.answers([problem.question for problem in problems], _RESULT_TOKENS)
+            subject = Behaviour(reference.model, reference.tokenizer, options)
+            vars(subject)["answers"] = model.answers(
+                template_prompts(options.n_prompts, "evaluation"), options.max_new_tokens
+            )
+    except (RuntimeError, WeightError) as error:
+        return Cell({}, str(error))
+    tasks = check_tasks(TASKS[1:], options, compared=True)
+    right = [final_number(said.text) == problem.answer for said, problem in zip(results, problems, strict=True)]
+    return Cell(
+        {
+            "perplexity": {"kl": statistics.fmean(found)},
+            **{name: dict(task.measure(subject, reference)) for name, task in tasks.items()},
+            "arithmetic": {"accuracy": statistics.fmean(right)},
+        }
+    )
 
 
 @cache
