@@ -228,7 +228,7 @@ def measure_matrix(arguments: argparse.Namespace) -> None:
         for format in arguments.formats:
             for name in arguments.models:
                 run(name, format)
-                if format == FULL and name != ORIGINAL:
+                if format == FULL and name == DEFAULT:
                     identity(name)
     rows = table(arguments.models, arguments.formats)
     write("collapse_matrix", rows, arguments.output)

@@ -10,6 +10,7 @@ from optimum_qguard.checkpoint.atomic import writing
 from optimum_qguard.guard.plots import check_plot
 
 _LEAST, _MOST = 0.01, 20.0
+_TICKS = (0.01, 0.1, 1, 10)
 _WHITE_FROM = 3.0
 _NO_NUMBER = "#c9ced6"
 
@@ -35,10 +36,11 @@ def plot_heat_map(rows: Mapping[str, Sequence[Value]], columns: Sequence[str], p
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FuncFormatter
 
     norm = LogNorm(_LEAST, _MOST, clip=True)
     colours = colormaps["YlOrRd"]
-    figure = Figure(figsize=(3.6 + 1.3 * len(columns), 1.4 + 0.29 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(3.6 + 1.3 * len(columns), max(2.6, 0.8 + 0.29 * len(rows))), layout="constrained")
     axes = figure.subplots()
     for down, values in enumerate(rows.values()):
         for across, value in enumerate(values):
@@ -57,10 +59,17 @@ def plot_heat_map(rows: Mapping[str, Sequence[Value]], columns: Sequence[str], p
     axes.set_yticks([index + 0.5 for index in range(len(rows))], list(rows))
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, extend="both", pad=0.02)
-    bar.set_label("KL divergence to the original at full precision (nats per token)")
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, extend="both", pad=0.02, ticks=_TICKS, format=FuncFormatter(_tick)
+    )
+    bar.ax.minorticks_off()
+    bar.set_label("KL divergence (nats per token)")
     with writing(Path(path)):
         figure.savefig(path, dpi=130)
+
+
+def _tick(value: float, _position: int) -> str:
+    return f"{value:g}"
 
 
 def _word(value: float | str) -> str:
