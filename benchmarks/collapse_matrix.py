@@ -53,13 +53,14 @@ ORIGINAL, DEFAULT, WEAKER = "original", "encrypted", "weaker traps"
 ENCRYPTED: Mapping[str, Traps] = {DEFAULT: Traps(), WEAKER: Traps(strength=9), "FP16-safe": FP16_SAFE}
 MODELS = (ORIGINAL, *ENCRYPTED)
 KEY = Key(bytes(range(32)))
-FULL, IDENTITY = "bf16", "bf16-identity"
+FULL = "bf16"
 GPTQ_GROUP = 64  # SmolLM2's 576 columns are not a multiple of 128
 _CALIBRATION_CHARACTERS = 6000
 _RESULT_TOKENS = 40
 _PLACES = 24  # of the text, where llama.cpp is asked for its whole distribution
 
 Load = Callable[[Path], Any]
+Measure = Callable[[Path, str, Behaviour], Cell]
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class Format:
     """One row.
 
     Attributes:
-        load: a folder, quantized; ``None`` for what llama.cpp runs.
+        measure: a folder, one of `PARTS`, and the original at full precision.
         how: the real library, or what stands for it.
         dtype: of the model that it is compared with.
     """
 
-    load: Load | None
+    measure: Measure
     how: str
     dtype: torch.dtype = torch.bfloat16
 
@@ -122,41 +123,6 @@ def load_cached(folder: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 LIBRARY, DECODED, ARITHMETIC = "library", "ggml's quantizer, decoded values run", "reference arithmetic"
-LLAMA_CPP = "llama.cpp-"
-FORMATS: Mapping[str, Format] = {
-    FULL: Format(partial(load_model, device="cpu"), "full precision"),
-    **{
-        name: Format(partial(load_model, format=name, device="cpu"), LIBRARY)
-        for name in (
-            "bnb-int8",
-            "bnb-nf4",
-            "bnb-fp4",
-            "torchao-int8",
-            "torchao-int4",
-            "torchao-float8",
-            "quanto-int8",
-            "quanto-int4",
-            "quanto-int2",
-            "quanto-float8",
-        )
-    },
-    "torchao-w8a8": Format(partial(load_torchao, name="Int8DynamicActivationInt8WeightConfig"), LIBRARY),
-    "gptq-8": Format(partial(load_gptq, format="gptq-8"), LIBRARY),
-    "gptq-4": Format(partial(load_gptq, format="gptq-4"), LIBRARY),
-    **{
-        f"gguf-{name}": Format(partial(load_model, format=f"gguf-{name}", device="cpu"), DECODED)
-        for name in ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0")
-    },
-    **{
-        f"{LLAMA_CPP}{name}": Format(None, f"run by llama.cpp, KL at {_PLACES} places")
-        for name in ("q8_0", "q4_k_m")
-        if importlib.util.find_spec("xllamacpp")
-    },
-    **{name: Format(partial(load_model, format=name, device="cpu"), ARITHMETIC) for name in ("mxfp4", "nvfp4")},
-    "kv-int8": Format(partial(load_cached, rounded=to_int8), ARITHMETIC),
-    "kv-float8": Format(partial(load_cached, rounded=to_float8), ARITHMETIC),
-    "fp16": Format(partial(load_model, dtype=torch.float16, device="cpu"), "inference in FP16", torch.float16),
-}
 
 
 class WordProblems(Task):
@@ -188,7 +154,8 @@ class WordProblems(Task):
         return {"accuracy": found.accuracy}
 
 
-TASKS = ("perplexity", "degeneration", "similarity", "bert-score")
+TEXT, ANSWERS, IDENTITY = "text", "answers", "identity"
+PARTS = {TEXT: ("perplexity",), ANSWERS: ("degeneration", "similarity", "bert-score")}
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "KL": ("perplexity", "kl"),
     "perplexity": ("perplexity", "perplexity"),
@@ -209,6 +176,7 @@ def main() -> None:
     parser = argument_parser(__doc__, RESULTS / "collapse_matrix.json")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace(' ', '-')}", type=int, default=value)
@@ -225,11 +193,13 @@ def main() -> None:
 def measure_matrix(arguments: argparse.Namespace) -> None:
     """All runs, the table, and the picture beside it."""
     if not arguments.table_only:
-        for format in arguments.formats:
-            for name in arguments.models:
-                run(name, format)
-                if format == FULL and name == DEFAULT:
-                    identity(name)
+        for part in arguments.parts:
+            for format in arguments.formats:
+                for name in arguments.models:
+                    if is_wanted(name, format, part):
+                        run(name, format, part)
+                    if format == FULL and name == DEFAULT:
+                        identity(name)
     rows = table(arguments.models, arguments.formats)
     write("collapse_matrix", rows, arguments.output)
     draw(rows, arguments.output.with_suffix(".png"))
@@ -263,78 +233,129 @@ def runs_folder() -> Path:
     return folder
 
 
-def run_file(name: str, format: str) -> Path:
+def run_file(name: str, format: str, part: str) -> Path:
     """One run's JSON file."""
-    return runs_folder() / f"{format}--{name.replace(' ', '-')}.json"
+    return runs_folder() / f"{format}--{name.replace(' ', '-')}--{part}.json"
 
 
-def kept(name: str, format: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def kept(name: str, format: str, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """One run, from its file or made now."""
-    file = run_file(name, format)
+    file = run_file(name, format, part)
     if not file.exists():
         start = time.perf_counter()
         found = make()
         atomic_write(file, json.dumps(found))
-        print(f"{format}, {name}, {time.perf_counter() - start:.0f} s: {found}", flush=True)
+        print(f"{format}, {name}, {part}, {time.perf_counter() - start:.0f} s: {found}", flush=True)
     return dict(json.loads(file.read_text()))
 
 
-def run(name: str, format: str) -> dict[str, Any]:
-    """One model in one format."""
+def is_wanted(name: str, format: str, part: str) -> bool:
+    """Whether there is such a run: of what the quantizer refused there are no answers, and the weaker encryptions are
+    asked only where the table is about them."""
+    if part == TEXT:
+        return True
+    about = (
+        name in (ORIGINAL, DEFAULT)
+        or format in (FULL, "fp16")
+        or (name == WEAKER and format.startswith(("gguf-", "llama.cpp-")))
+    )
+    return about and bool(run(name, format, TEXT)["figures"])
+
+
+def run(name: str, format: str, part: str) -> dict[str, Any]:
+    """One model in one format: what it predicts of the text, or its answers."""
 
     def make() -> dict[str, Any]:
-        if format.startswith(LLAMA_CPP):
-            return run_llama_cpp(folder_of(name), format.removeprefix(LLAMA_CPP)).as_json()
         reference = reference_in(FORMATS[format].dtype)
-        load = FORMATS[format].load
-        assert load is not None
-        return measure_or_refuse(
-            partial(load, folder_of(name)), reference.tokenizer, tasks_for(name, format), reference
-        ).as_json()
+        return FORMATS[format].measure(folder_of(name), part, reference).as_json()
 
-    return kept(name, format, make)
+    return kept(name, format, part, make)
 
 
-def tasks_for(name: str, format: str) -> dict[str, Task]:
-    """All tasks where the table is about; of the weaker encryptions in the other formats KL divergence is enough."""
-    options = reference_in(torch.bfloat16).options
-    if name in (ORIGINAL, DEFAULT) or format in (FULL, "fp16") or (name == WEAKER and format.startswith("gguf-")):
-        return {**check_tasks(TASKS, options, compared=True), "arithmetic": WordProblems()}
-    return check_tasks(TASKS[:1], options, compared=True)
+def tasks_of(part: str, reference: Behaviour) -> dict[str, Task]:
+    """What a part measures."""
+    tasks = check_tasks(PARTS[part], reference.options, compared=True)
+    return tasks if part == TEXT else {**tasks, "arithmetic": WordProblems()}
 
 
-def run_llama_cpp(folder: Path, kind: str) -> Cell:
-    """A file that llama.cpp runs: KL divergence at a few places of the text, and the same answers as elsewhere."""
-    reference = reference_in(torch.bfloat16)
+def measure_loaded(folder: Path, part: str, reference: Behaviour, *, load: Load) -> Cell:
+    """Of a model that torch runs."""
+    return measure_or_refuse(partial(load, folder), reference.tokenizer, tasks_of(part, reference), reference)
+
+
+def measure_in_llama_cpp(folder: Path, part: str, reference: Behaviour, *, kind: str) -> Cell:
+    """Of a file that llama.cpp runs: KL divergence at a few places of the text, and the same answers as elsewhere."""
     options = reference.options
     try:
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.gguf"
             write_gguf(folder, kind, path)
             model = LlamaCpp(path, reference.tokenizer)
-            tokens = reference.tokenizer(reference.text)["input_ids"][: options.max_tokens]
-            found = []
-            for place in range(1, len(tokens), max(1, len(tokens) // _PLACES)):
-                q, p = model.log_probabilities(tokens[:place]), reference.logits[place - 1].double().log_softmax(-1)
-                if q is not None:
-                    found.append(float((p.exp() * (p - q)).sum()))
+            if part == TEXT:
+                return Cell({"perplexity": {"kl": kl_at_places(model, reference)}})
             problems = WordProblems().problems(options.limit)
             results = model.answers([problem.question for problem in problems], _RESULT_TOKENS)
             subject = Behaviour(reference.model, reference.tokenizer, options)
-            vars(subject)["answers"] = model.answers(
-                template_prompts(options.n_prompts, "evaluation"), options.max_new_tokens
-            )
+            prompts = template_prompts(options.n_prompts, "evaluation")
+            vars(subject)["answers"] = model.answers(prompts, options.max_new_tokens)
     except (RuntimeError, WeightError) as error:
         return Cell({}, str(error))
-    tasks = check_tasks(TASKS[1:], options, compared=True)
+    tasks = check_tasks(PARTS[ANSWERS], options, compared=True)
     right = [final_number(said.text) == problem.answer for said, problem in zip(results, problems, strict=True)]
     return Cell(
         {
-            "perplexity": {"kl": statistics.fmean(found)},
             **{name: dict(task.measure(subject, reference)) for name, task in tasks.items()},
             "arithmetic": {"accuracy": statistics.fmean(right)},
         }
     )
+
+
+def kl_at_places(model: LlamaCpp, reference: Behaviour) -> float:
+    """From the reference, in nats per token; the mean over `_PLACES` places of the text."""
+    tokens = reference.tokenizer(reference.text)["input_ids"][: reference.options.max_tokens]
+    found = []
+    for place in range(1, len(tokens), max(1, len(tokens) // _PLACES)):
+        p, q = reference.logits[place - 1].double().log_softmax(-1), model.log_probabilities(tokens[:place])
+        if q is not None:
+            found.append(float((p.exp() * (p - q)).sum()))
+    return statistics.fmean(found)
+
+
+def loaded(load: Load, how: str, dtype: torch.dtype = torch.bfloat16) -> Format:
+    """A format that torch runs."""
+    return Format(partial(measure_loaded, load=load), how, dtype)
+
+
+def preset(name: str, how: str) -> Format:
+    """One that the package knows by name."""
+    return loaded(partial(load_model, format=name, device="cpu"), how)
+
+
+LIBRARY, DECODED, ARITHMETIC = "library", "ggml's quantizer, decoded values run", "reference arithmetic"
+LIBRARIES = (
+    *("bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "torchao-float8"),
+    *("quanto-int8", "quanto-int4", "quanto-int2", "quanto-float8"),
+)
+GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0")
+IN_LLAMA_CPP = ("q8_0", "q4_k_m") if importlib.util.find_spec("xllamacpp") else ()
+FORMATS: Mapping[str, Format] = {
+    FULL: loaded(partial(load_model, device="cpu"), "full precision"),
+    **{name: preset(name, LIBRARY) for name in LIBRARIES},
+    "torchao-w8a8": loaded(partial(load_torchao, name="Int8DynamicActivationInt8WeightConfig"), LIBRARY),
+    "gptq-8": loaded(partial(load_gptq, format="gptq-8"), LIBRARY),
+    "gptq-4": loaded(partial(load_gptq, format="gptq-4"), LIBRARY),
+    **{f"gguf-{name}": preset(f"gguf-{name}", DECODED) for name in GGUF},
+    **{
+        f"llama.cpp-{name}": Format(
+            partial(measure_in_llama_cpp, kind=name), f"run by llama.cpp, KL at {_PLACES} places"
+        )
+        for name in IN_LLAMA_CPP
+    },
+    **{name: preset(name, ARITHMETIC) for name in ("mxfp4", "nvfp4")},
+    "kv-int8": loaded(partial(load_cached, rounded=to_int8), ARITHMETIC),
+    "kv-float8": loaded(partial(load_cached, rounded=to_float8), ARITHMETIC),
+    "fp16": loaded(partial(load_model, dtype=torch.float16, device="cpu"), "inference in FP16", torch.float16),
+}
 
 
 @cache
@@ -380,7 +401,7 @@ def identity(name: str) -> dict[str, Any]:
             "tokens/s": {each: tokens[each] / seconds[each] for each in models},
         }
 
-    return kept(name, IDENTITY, make)
+    return kept(name, FULL, IDENTITY, make)
 
 
 def differing(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -393,32 +414,33 @@ def table(models: Sequence[str], formats: Sequence[str]) -> list[dict[str, Any]]
     rows = []
     for format in formats:
         for name in models:
-            found = read(name, format)
-            if found is not None:
-                rows.append(
-                    {"format": format, "how": FORMATS[format].how, "model": name, **summary(name, format, found)}
-                )
+            row = {"format": format, "how": FORMATS[format].how, "model": name, **summary(name, format)}
+            if row["status"] is not None:
+                rows.append(row)
     return rows
 
 
-def read(name: str, format: str) -> dict[str, Any] | None:
-    """One run from its file."""
-    file = run_file(name, format)
-    return dict(json.loads(file.read_text())) if file.exists() else None
+def read(name: str, format: str, part: str) -> dict[str, Any]:
+    """One run from its file; nothing if there is none."""
+    file = run_file(name, format, part)
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def summary(name: str, format: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """One row's figures; of the answers in BF16 those to many prompts."""
-    figures = found["figures"]
-    row = {"status": found["status"]}
+def summary(name: str, format: str) -> dict[str, Any]:
+    """One row's figures; in BF16 similarity is of the answers to many prompts."""
+    text, answers, same = (read(name, format, part) for part in (TEXT, ANSWERS, IDENTITY))
+    figures = {**text.get("figures", {}), **answers.get("figures", {})}
+    row: dict[str, Any] = {"status": text.get("status")}
     row |= {column: figures.get(task, {}).get(figure) for column, (task, figure) in COLUMNS.items()}
-    row |= {"differing tokens": None, "of tokens": None, "tokens/s": None, "tokens/s of the original": None}
-    same = read(name, IDENTITY) if format == FULL else None
-    if same is not None:
-        row |= {column: same[column] for column in ("CosSim", "Retrieval@1", "differing tokens")}
-        row["of tokens"] = same["tokens"]
-        row["tokens/s"], row["tokens/s of the original"] = same["tokens/s"][name], same["tokens/s"][ORIGINAL]
-    return row
+    row |= {column: same[column] for column in ("CosSim", "Retrieval@1") if same}
+    speeds = same.get("tokens/s", {})
+    return {
+        **row,
+        "differing tokens": same.get("differing tokens"),
+        "of tokens": same.get("tokens"),
+        "tokens/s": speeds.get(name),
+        "tokens/s of the original": speeds.get(ORIGINAL),
+    }
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

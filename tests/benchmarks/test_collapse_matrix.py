@@ -7,10 +7,12 @@ import collapse_matrix
 import pytest
 import torch
 from collapse_matrix import (
+    ANSWERS,
     DEFAULT,
     FULL,
     IDENTITY,
     ORIGINAL,
+    TEXT,
     WordProblems,
     differing,
     load_cached,
@@ -78,29 +80,36 @@ def test_differing_tokens() -> None:
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collapse_matrix, "runs_folder", lambda: tmp_path)
     runs = {
-        (ORIGINAL, FULL): {"status": "measured", "figures": {"perplexity": {"perplexity": 20.0, "kl": 0.0}}},
-        (DEFAULT, FULL): {"status": "measured", "figures": {"perplexity": {"perplexity": 20.0, "kl": 0.0}}},
-        (DEFAULT, IDENTITY): {
+        (ORIGINAL, FULL, TEXT): {"status": "measured", "figures": {"perplexity": {"perplexity": 20.0, "kl": 0.0}}},
+        (DEFAULT, FULL, TEXT): {"status": "measured", "figures": {"perplexity": {"perplexity": 20.0, "kl": 0.0}}},
+        (DEFAULT, FULL, ANSWERS): {"status": "measured", "figures": {"arithmetic": {"accuracy": 0.5}}},
+        (DEFAULT, FULL, IDENTITY): {
             "tokens": 100,
             "differing tokens": 0,
             "CosSim": 1.0,
             "Retrieval@1": 1.0,
             "tokens/s": {ORIGINAL: 30.0, DEFAULT: 31.0},
         },
-        (DEFAULT, "bnb-int8"): {"status": "kl is NaN", "figures": {"perplexity": {"perplexity": None, "kl": None}}},
-        (DEFAULT, "gguf-q8_0"): {"status": "refused: too large", "figures": {}},
+        (DEFAULT, "bnb-int8", TEXT): {
+            "status": "kl is NaN",
+            "figures": {"perplexity": {"perplexity": None, "kl": None}},
+        },
+        (DEFAULT, "gguf-q8_0", TEXT): {"status": "refused: too large", "figures": {}},
     }
-    for (name, format), found in runs.items():
-        collapse_matrix.run_file(name, format).write_text(json.dumps(found))
+    for (name, format, part), found in runs.items():
+        collapse_matrix.run_file(name, format, part).write_text(json.dumps(found))
     formats = [FULL, "bnb-int8", "gguf-q8_0"]
     rows = collapse_matrix.table([ORIGINAL, DEFAULT], formats)
-    shown = [(row["format"], row["model"], row["KL"], row["differing tokens"], row["tokens/s"]) for row in rows]
+    shown = [(row["format"], row["model"], row["KL"], row["accuracy"], row["tokens/s"]) for row in rows]
     assert shown == [
         (FULL, ORIGINAL, 0.0, None, None),
-        (FULL, DEFAULT, 0.0, 0, 31.0),
+        (FULL, DEFAULT, 0.0, 0.5, 31.0),
         ("bnb-int8", DEFAULT, None, None, None),
         ("gguf-q8_0", DEFAULT, None, None, None),
     ]
+    assert [rows[1][column] for column in ("differing tokens", "of tokens", "CosSim")] == [0, 100, 1.0]
+    assert not collapse_matrix.is_wanted(DEFAULT, "gguf-q8_0", ANSWERS), "what is refused says nothing"
+    assert collapse_matrix.is_wanted(DEFAULT, "bnb-int8", ANSWERS)
     assert len({tuple(row) for row in rows}) == 1, "the same columns in each"
     assert [word(row["status"]) for row in rows[2:]] == ["NaN", "refused"]
     collapse_matrix.draw(rows, tmp_path / "map.png")
