@@ -1,7 +1,7 @@
 """What quantizers make of an encrypted model, beside what they make of its original.
 
-SmolLM2 as published, and three encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and
-the profile for FP16 inference. Every quantizer is the real library unless ``how`` says otherwise. Single runs are
+SmolLM2 as published, and encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and the
+profile for FP16 inference, as it is and with weaker traps. Every quantizer is the real library unless ``how`` says otherwise. Single runs are
 kept in the cache folder, so that a script that was stopped goes on where it was.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,12 @@ from optimum_qguard.evaluate.task import Task
 from optimum_qguard.formats import WeightError
 
 ORIGINAL, DEFAULT, WEAKER = "original", "encrypted", "weaker traps"
-ENCRYPTED: Mapping[str, Traps] = {DEFAULT: Traps(), WEAKER: Traps(strength=9), "FP16-safe": FP16_SAFE}
+ENCRYPTED: Mapping[str, Traps] = {
+    DEFAULT: Traps(),
+    WEAKER: Traps(strength=6),
+    "FP16-safe": FP16_SAFE,
+    "FP16-safe, 2^6": replace(FP16_SAFE, strength=6),
+}
 MODELS = (ORIGINAL, *ENCRYPTED)
 KEY = Key(bytes(range(32)))
 FULL = "bf16"
@@ -206,18 +211,24 @@ def measure_matrix(arguments: argparse.Namespace) -> None:
     print_table(rows)
 
 
+def slug(name: str) -> str:
+    """A model's name in file names: it says how it was encrypted."""
+    if name == ORIGINAL:
+        return name
+    traps = ENCRYPTED[name]
+    return f"{'plus' if traps.positive_only else 'plus-minus'}{traps.strength}-{traps.fraction:g}"
+
+
 @cache
 def folder_of(name: str) -> Path:
     """A model, encrypted into the cache folder when it is first asked for."""
     original = smollm2_path()
     if name == ORIGINAL:
         return original
-    traps = ENCRYPTED[name]
-    sign = "plus" if traps.positive_only else "plus-minus"
-    folder = cache_folder() / f"smollm2-135m-instruct-encrypted-{sign}{traps.strength}-{traps.fraction:g}"
+    folder = cache_folder() / f"smollm2-135m-instruct-encrypted-{slug(name)}"
 
     def make(out: Path) -> None:
-        encrypt_checkpoint(original, out, key=KEY, traps=traps)
+        encrypt_checkpoint(original, out, key=KEY, traps=ENCRYPTED[name])
 
     return made_once(folder, make)
 
@@ -235,7 +246,7 @@ def runs_folder() -> Path:
 
 def run_file(name: str, format: str, part: str) -> Path:
     """One run's JSON file."""
-    return runs_folder() / f"{format}--{name.replace(' ', '-')}--{part}.json"
+    return runs_folder() / f"{format}--{slug(name)}--{part}.json"
 
 
 def kept(name: str, format: str, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
