@@ -1,8 +1,8 @@
 """What quantizers make of an encrypted model, beside what they make of its original.
 
 SmolLM2 as published, and encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and the
-profile for FP16 inference, as it is and with weaker traps. Every quantizer is the real library unless ``how`` says otherwise. Single runs are
-kept in the cache folder, so that a script that was stopped goes on where it was.
+profile for FP16 inference, as it is and with weaker traps. Every quantizer is the real library unless ``how`` says
+otherwise. Single runs are kept in the cache folder, so that a script that was stopped goes on where it was.
 """
 
 from __future__ import annotations
