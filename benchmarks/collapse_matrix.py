@@ -1,8 +1,8 @@
 """What quantizers make of an encrypted model, beside what they make of its original.
 
-SmolLM2 as published, and encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and the
-profile for FP16 inference, as it is and with weaker traps. Every quantizer is the real library unless ``how`` says
-otherwise. Single runs are kept in the cache folder, so that a script that was stopped goes on where it was.
+SmolLM2 as published, and three encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and
+the profile for FP16 inference. Every quantizer is the real library unless ``how`` says otherwise. Single runs are kept
+in the cache folder, so that a script that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ ENCRYPTED: Mapping[str, Traps] = {
     DEFAULT: Traps(),
     WEAKER: Traps(strength=6),
     "FP16-safe": FP16_SAFE,
-    "FP16-safe, 2^6": replace(FP16_SAFE, strength=6),
 }
 MODELS = (ORIGINAL, *ENCRYPTED)
 KEY = Key(bytes(range(32)))
@@ -215,8 +214,7 @@ def slug(name: str) -> str:
     """A model's name in file names: it says how it was encrypted."""
     if name == ORIGINAL:
         return name
-    traps = ENCRYPTED[name]
-    return f"{'plus' if traps.positive_only else 'plus-minus'}{traps.strength}-{traps.fraction:g}"
+    return "-".join(f"{parameter}-{value}" for parameter, value in vars(ENCRYPTED[name]).items())
 
 
 @cache
