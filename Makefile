@@ -39,7 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for script in $(filter-out %/harness.py %/random_llama.py %/figures.py %/attacked_smollm2.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/harness.py %/random_llama.py %/figures.py %/attacked_smollm2.py %/llamacpp.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 figures: $(INSTALLED)
 	$(BIN)/python benchmarks/figures.py

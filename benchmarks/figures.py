@@ -16,7 +16,7 @@ from typing import Any
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "threat-model.md", ROOT / "docs" / "encrypt.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt")))
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -175,9 +175,24 @@ def collapse_table(rows: Rows) -> str:
     return _markdown(["format", "how", *models], body)
 
 
+def undo_table(rows: Rows) -> str:
+    """In each format the protected model's divergence, and in brackets the original's."""
+    suffix = ", original"
+    formats = [column.removesuffix(suffix) for column in rows[0] if column.endswith(suffix)]
+    body = [
+        [
+            *(row[column] for column in ("recipe", "who", "mode", "BF16")),
+            *(f"{_text(row[format])} ({_text(row[format + suffix])})" for format in formats),
+        ]
+        for row in rows
+    ]
+    return _markdown(["recipe", "who", "mode", "BF16", *formats], body)
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "outliers": outliers_table,
     "collapse_matrix": collapse_table,
+    "undo": undo_table,
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,

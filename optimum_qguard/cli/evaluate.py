@@ -48,12 +48,13 @@ def command(
     Nothing is written. Tasks that look at answers ask everyday prompts; --tasks says what is measured.
     """
     from optimum_qguard.cli._console import print_json
+    from optimum_qguard.cli._measuring import comma_separated, sources
     from optimum_qguard.evaluate.evaluation import check_options, check_tasks
 
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    names = comma_separated(tasks)
     options: dict[str, Any] = {
         "marker": marker,
-        "data": _sources(data or []),
+        "data": sources(data or []),
         "limit": limit,
         "n_prompts": prompts,
         "max_new_tokens": max_new_tokens,
@@ -108,18 +109,6 @@ def _evaluate(
             ).model_copy(update={"model": model, "reference": reference})
             del loaded
     return found
-
-
-def _sources(given: list[str]) -> dict[str, str]:
-    from optimum_qguard.evaluate.errors import EvaluationError
-
-    sources = {}
-    for each in given:
-        task, equals, source = each.partition("=")
-        if not (task and equals and source):
-            raise EvaluationError(f"--data {each}: give it as TASK=SOURCE, for instance squad=rajpurkar/squad")
-        sources[task] = source
-    return sources
 
 
 def _print(model: str, reference: str | None, guard: bool, found: dict[str | None, Evaluation]) -> None:

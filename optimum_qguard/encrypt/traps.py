@@ -27,7 +27,8 @@ class Traps:
     Attributes:
         strength: a trapped channel's factor is ``2**strength`` or ``2**-strength``.
         fraction: which share of each site's channels is trapped; at least one channel is.
-        positive_only: multiply only. Activations then never grow, so that FP16 inference does not overflow.
+        positive_only: multiply columns only, and leave key sites alone, which multiply rows. Activations then never
+            grow, so that FP16 inference does not overflow.
     """
 
     strength: int = 18
@@ -47,6 +48,8 @@ class Traps:
         numbers; then a byte each, whose lowest bit is the sign.
         """
         count = site.n_channels
+        if self.positive_only and site.kind == "key":
+            return torch.zeros(count, dtype=torch.int32)
         stream = key.stream(site.name, 9 * count)
         numbers = np.frombuffer(stream, "<u8", count)
         signs = np.frombuffer(stream, np.uint8, count, 8 * count) & 1

@@ -56,6 +56,11 @@ def _dequantize(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def gguf_file() -> Path:
+    """The file that the package carries; errors as for `smollm2_path`."""
+    return _package_folder() / _GGUF_FILE
+
+
 def _package_folder() -> Path:
     # The package cannot be imported without `llm` and llama.cpp, which nothing here needs.
     spec = importlib.util.find_spec(_PACKAGE)

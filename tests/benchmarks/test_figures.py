@@ -116,3 +116,23 @@ def test_any_other_result_is_shown_whole() -> None:
 def test_the_pages_show_what_was_measured(page: Path) -> None:
     text = page.read_text()
     assert figures.with_figures(text, figures.RESULTS) == text, "run: make figures"
+
+
+def test_what_undoes_protection_beside_the_original() -> None:
+    row = {"recipe": "AWQ", "who": "standard", "mode": "exact", "BF16": 0.0, "nf4": 20.123, "nf4, original": 0.2567}
+    assert figures.undo_table([row]).splitlines()[::2] == [
+        "| recipe | who | mode | BF16 | nf4 |",
+        "| AWQ | standard | exact | 0 | 20.1 (0.257) |",
+    ]
+
+
+def test_collapse_models_across() -> None:
+    rows = [
+        {"format": "nf4", "how": "library", "model": "original", "status": "measured", "KL": 0.25},
+        {"format": "nf4", "how": "library", "model": "encrypted", "status": "measured", "KL": 20.0},
+        {"format": "q8_0", "how": "llama.cpp", "model": "encrypted", "status": "refused: too large", "KL": None},
+    ]
+    assert figures.collapse_table(rows).splitlines()[2:] == [
+        "| nf4 | library | 0.25 | 20 |",
+        "| q8_0 | llama.cpp |  | refused |",
+    ]

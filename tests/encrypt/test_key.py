@@ -66,6 +66,12 @@ def test_known_answers() -> None:
     ]
 
 
+def test_positive_traps_make_no_activations_larger() -> None:
+    traps = Traps(positive_only=True)
+    assert not traps.exponents(KNOWN, Site("s", "key", 64, ())).any()
+    assert set(traps.exponents(KNOWN, Site("s", "value", 64, ())).unique().tolist()) == {0, 18}
+
+
 def test_each_key_and_site_has_its_own_exponents() -> None:
     sites = [Site(name, "norm", 512, ()) for name in ("a", "b")]
     drawn = [Traps().exponents(key, site) for key in (KNOWN, Key.generate()) for site in sites]

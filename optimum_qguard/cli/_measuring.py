@@ -1,0 +1,27 @@
+"""Arguments of the verbs that measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimum_qguard.evaluate.errors import EvaluationError
+
+
+def comma_separated(given: str) -> tuple[str, ...]:
+    """The names in it, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+
+
+def sources(given: Sequence[str]) -> dict[str, str]:
+    """Data sets by task, from ``TASK=SOURCE``.
+
+    Raises:
+        EvaluationError: one that is not written so.
+    """
+    found = {}
+    for each in given:
+        task, equals, source = each.partition("=")
+        if not (task and equals and source):
+            raise EvaluationError(f"--data {each}: give it as TASK=SOURCE, for instance squad=rajpurkar/squad")
+        found[task] = source
+    return found
