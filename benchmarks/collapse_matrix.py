@@ -454,7 +454,8 @@ def summary(name: str, format: str) -> dict[str, Any]:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """KL divergence as a heat map."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    shown = {row["model"] for row in rows}
+    models = [name for name in MODELS if name in shown]
     values: dict[str, list[float | str | None]] = {}
     for row in rows:
         cells = values.setdefault(row["format"], [None] * len(models))

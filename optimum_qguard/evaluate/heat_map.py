@@ -60,7 +60,14 @@ def plot_heat_map(rows: Mapping[str, Sequence[Value]], columns: Sequence[str], p
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=axes, extend="both", pad=0.02, ticks=_TICKS, format=FuncFormatter(_tick)
+        ScalarMappable(norm, colours),
+        ax=axes,
+        extend="both",
+        extendfrac=0.02,
+        aspect=30,
+        pad=0.02,
+        ticks=_TICKS,
+        format=FuncFormatter(_tick),
     )
     bar.ax.minorticks_off()
     bar.set_label("KL divergence (nats per token)")
