@@ -169,7 +169,9 @@ def collapse_table(rows: Rows) -> str:
         row = by_cell.get((format, model))
         if row is None:
             return ""
-        return row["KL"] if row["KL"] is not None else str(row["status"]).partition(":")[0]
+        if row["KL"] is not None:
+            return row["KL"]
+        return "NaN" if "kl is NaN" in row["status"] else str(row["status"]).partition(":")[0]
 
     body = [[format, how, *(cell(format, model) for model in models)] for format, how in formats.items()]
     return _markdown(["format", "how", *models], body)

@@ -129,10 +129,10 @@ def test_what_undoes_protection_beside_the_original() -> None:
 def test_collapse_models_across() -> None:
     rows = [
         {"format": "nf4", "how": "library", "model": "original", "status": "measured", "KL": 0.25},
-        {"format": "nf4", "how": "library", "model": "encrypted", "status": "measured", "KL": 20.0},
+        {"format": "nf4", "how": "library", "model": "encrypted", "status": "perplexity is NaN, kl is NaN", "KL": None},
         {"format": "q8_0", "how": "llama.cpp", "model": "encrypted", "status": "refused: too large", "KL": None},
     ]
     assert figures.collapse_table(rows).splitlines()[2:] == [
-        "| nf4 | library | 0.25 | 20 |",
+        "| nf4 | library | 0.25 | NaN |",
         "| q8_0 | llama.cpp |  | refused |",
     ]
