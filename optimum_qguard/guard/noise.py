@@ -22,7 +22,7 @@ from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
 
-_SAMPLED_WEIGHTS = 1 << 12
+_SAMPLED_WEIGHTS = 1 << 14
 
 
 @dataclass(frozen=True)
