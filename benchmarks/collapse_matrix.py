@@ -340,7 +340,6 @@ def preset(name: str, how: str) -> Format:
     return loaded(partial(load_model, format=name, device="cpu"), how)
 
 
-LIBRARY, DECODED, ARITHMETIC = "library", "ggml's quantizer, decoded values run", "reference arithmetic"
 LIBRARIES = (
     *("bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "torchao-float8"),
     *("quanto-int8", "quanto-int4", "quanto-int2", "quanto-float8"),

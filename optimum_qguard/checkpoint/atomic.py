@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from optimum_qguard.checkpoint.errors import CheckpointError
@@ -34,6 +35,17 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_all(file: FileIO, content: memoryview, path: Path) -> None:
+    """Write all of ``content`` to an unbuffered file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with writing(path):
+        while content:
+            content = content[file.write(content) :]
 
 
 @contextlib.contextmanager

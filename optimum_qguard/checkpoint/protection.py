@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from optimum_qguard.checkpoint.errors import CheckpointError
+
 MANIFEST_FILE = "qguard.json"
 PROTECTED = "encrypted"
 UNLOCKED = "_qguard_unlocked"
@@ -19,12 +21,14 @@ def protection(file: str | Path) -> dict[str, Any] | None:
         file: where `MANIFEST_FILE` would be.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no JSON.
+        CheckpointError: it cannot be read, or is no JSON.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
     return content if isinstance(content, dict) and content.get("kind") == PROTECTED else None
 
 

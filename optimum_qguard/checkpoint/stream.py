@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optimum_qguard.checkpoint.atomic import writing
+from optimum_qguard.checkpoint.atomic import write_all, writing
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.reader import CheckpointReader
@@ -92,7 +92,7 @@ def _write_shard(
         out = path.open("xb", buffering=0)
     with out, source_path.open("rb", buffering=0) as source:
         source.seek(len(header.raw))
-        _write(out, memoryview(header.raw), path)
+        write_all(out, memoryview(header.raw), path)
         for info in header.tensors:
             change = rewrite(info)
             for start, shape in _pieces(info, change.whole):
@@ -106,7 +106,7 @@ def _write_shard(
                 if written is not rows:
                     content = written.contiguous().flatten().view(torch.uint8).numpy().data
                 digest.update(content)
-                _write(out, content, path)
+                write_all(out, content, path)
             change.done()
             if progress is not None:
                 progress(info)
@@ -133,9 +133,3 @@ def _read(file: FileIO, into: memoryview, path: Path) -> None:
         if not count:
             raise CheckpointError(f"{path}: became shorter while it was read; do not change it meanwhile")
         into = into[count:]
-
-
-def _write(file: FileIO, content: memoryview, path: Path) -> None:
-    with writing(path):
-        while content:
-            content = content[file.write(content) :]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from optimum_qguard.checkpoint.atomic import writing
+from optimum_qguard.checkpoint.atomic import write_all, writing
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.output import copy_other_files
@@ -98,17 +97,11 @@ def _write_shard(
     with writing(path):
         file = path.open("xb", buffering=0)  # a buffer would be written, and fail, once more on closing
     with file:
-        _write(file, memoryview(header.raw), path)
+        write_all(file, memoryview(header.raw), path)
         for info in header.tensors:
-            _write(file, _bytes_of(fn(info.name, reader.read(info.name)), info), path)
+            write_all(file, _bytes_of(fn(info.name, reader.read(info.name)), info), path)
             if progress is not None:
                 progress(info)
-
-
-def _write(file: FileIO, content: memoryview, path: Path) -> None:
-    with writing(path):
-        while content:
-            content = content[file.write(content) :]
 
 
 def _bytes_of(tensor: Tensor, info: TensorInfo) -> memoryview:

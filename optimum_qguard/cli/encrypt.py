@@ -84,6 +84,7 @@ def command(
     """
     from dataclasses import replace
 
+    from optimum_qguard.checkpoint.output import check_output
     from optimum_qguard.cli._console import print_json, progress_bar, results
     from optimum_qguard.encrypt.conditioning import Conditioning
     from optimum_qguard.encrypt.errors import EncryptError
@@ -107,6 +108,7 @@ def command(
         option = next(iter(given)).removesuffix("_min").replace("_", "-")
         raise EncryptError(f"--{option} is an option of dense mode; add --mode dense")
     if new_key:
+        check_output(out, Path(model), overwrite=overwrite)
         Key.generate().save(key)
     try:
         with progress_bar("Encrypting") as update:
@@ -122,8 +124,8 @@ def command(
                 **dense,
             )
     except BaseException:
-        if new_key:
-            key.expanduser().unlink()  # nothing was encrypted with it
+        if new_key and not out.exists():  # else something that it encrypted may be there
+            key.expanduser().unlink()
         raise
     if as_json:
         print_json(report.model_dump(mode="json"))

@@ -54,12 +54,10 @@ class Change:
             rows = self.mixing.apply(rows, inverse=True)
         return rows
 
-    def explain(self, tensor: Tensor, *, inverse: bool = False) -> EncryptError:
-        """The error for a tensor that was refused with `InexactError`; arguments as for `Scaling.explain`."""
+    def explain(self, tensor: Tensor) -> EncryptError:
+        """The error for a tensor that was refused with `InexactError` on the way there."""
         assert self.scaling is not None
-        if self.mixing is not None and not inverse:
-            tensor = self.mixing.apply(tensor)
-        return self.scaling.explain(tensor, inverse=inverse)
+        return self.scaling.explain(tensor if self.mixing is None else self.mixing.apply(tensor))
 
 
 def changes(

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optimum_qguard import __version__
-from optimum_qguard.checkpoint import CheckpointReader
+from optimum_qguard.checkpoint import CheckpointError, CheckpointReader
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.encrypt.errors import EncryptError
 
@@ -138,8 +138,8 @@ def read_manifest(reader: CheckpointReader, path: Path | None = None) -> Encrypt
     path = path or reader.file(MANIFEST_FILE)
     try:
         content = protection(path)
-    except (OSError, ValueError) as error:
-        raise EncryptError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    except CheckpointError as error:
+        raise EncryptError(str(error)) from error
     if content is None:
         raise EncryptError(f"{reader.folder}: no encrypted checkpoint: it has no {MANIFEST_FILE} that says so")
     if content.get("schema_version") != 1:

@@ -50,15 +50,14 @@ class Scaling:
             raise InexactError(self._name)
         return rows
 
-    def explain(self, tensor: Tensor, *, inverse: bool = False) -> EncryptError:
-        """The error for a tensor that `apply` refused: which weight, and what to do.
+    def explain(self, tensor: Tensor) -> EncryptError:
+        """The error for a tensor that `apply` refused on the way there: which weight, and what to do.
 
         Args:
             tensor: the whole of it.
-            inverse: as for `apply`.
         """
-        scaled = self._multiply(tensor.clone(), 0, inverse)
-        back = self._multiply(scaled.clone(), 0, not inverse)
+        scaled = self._multiply(tensor.clone(), 0, inverse=False)
+        back = self._multiply(scaled.clone(), 0, inverse=True)
         at = tuple(_is_inexact(tensor, scaled, back).nonzero()[0].tolist())
         strength = _room(tensor) // len(self._exponents)
         dtype = str(tensor.dtype).removeprefix("torch.")

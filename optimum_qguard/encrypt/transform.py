@@ -11,7 +11,14 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from optimum_qguard.checkpoint import CheckpointReader, TensorInfo, atomic_write, merge_card, open_checkpoint
+from optimum_qguard.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    TensorInfo,
+    atomic_write,
+    merge_card,
+    open_checkpoint,
+)
 from optimum_qguard.checkpoint.card import CARD_FILE
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
@@ -200,10 +207,15 @@ def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapp
 def check_digest(model: Path, tensor: str, found: str | None, expected: str) -> None:
     """Raise `EncryptError` if a decrypted tensor is not the one that was encrypted."""
     if found != expected:
-        raise EncryptError(
-            f"{model}: {tensor} is not the tensor that was encrypted: the file was changed afterwards; "
-            "get the checkpoint from its publisher again"
-        )
+        raise changed_since(model, tensor)
+
+
+def changed_since(model: Path, tensor: str) -> EncryptError:
+    """The error for a tensor that is not the one that was encrypted."""
+    return EncryptError(
+        f"{model}: {tensor} is not the tensor that was encrypted: the file was changed afterwards; "
+        "get the checkpoint from its publisher again"
+    )
 
 
 class _Rewritten:
@@ -279,7 +291,8 @@ def _rewrite(
         files = rewrite_shards(reader, staging, rewrite, workers=workers, progress=count)
     except InexactError as error:
         name = str(error)
-        raise by_tensor[name].explain(reader.read(name), inverse=inverse) from error
+        # What was multiplied exactly can be divided exactly.
+        raise (changed_since(reader.folder, name) if inverse else by_tensor[name].explain(reader.read(name))) from error
     if reader.index is not None:
         atomic_write(staging / INDEX_FILE, reader.index)
     return {name: rewritten[name] for name in reader.tensors}, dict(files)
@@ -314,7 +327,7 @@ def _refuse(reader: CheckpointReader, mode: Mode) -> None:
 def _is_encrypted(reader: CheckpointReader) -> bool:
     try:
         return protection(reader.file(MANIFEST_FILE)) is not None
-    except ValueError:  # no JSON: somebody else's file
+    except CheckpointError:  # no JSON: somebody else's file
         return False
 
 

@@ -29,10 +29,11 @@ from optimum_qguard.encrypt.change import Change
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
 from optimum_qguard.encrypt.manifest import EncryptReport, read_manifest
-from optimum_qguard.encrypt.transform import check_digest, unlocking
+from optimum_qguard.encrypt.scaling import InexactError
+from optimum_qguard.encrypt.transform import changed_since, check_digest, unlocking
 
 QUANT_METHOD = "qguard-unlock"
-_ROWS_AT_A_TIME = 1 << 20
+_WEIGHTS_AT_A_TIME = 1 << 20
 
 _safe_open: Any = safetensors.safe_open
 
@@ -175,11 +176,14 @@ class _File:
 
     def _undone(self, name: str, rows: Tensor, start: int) -> Tensor:
         change = self._changes[name]
-        if change.mixes:
-            return change.apply(rows, start, inverse=True)
-        step = max(1, _ROWS_AT_A_TIME * len(rows) // max(rows.numel(), 1)) if rows.ndim else 1
-        for at in range(0, len(rows), step):
-            change.apply(rows[at : at + step], start + at, inverse=True)
+        try:
+            if change.mixes:
+                return change.apply(rows, start, inverse=True)
+            step = max(1, _WEIGHTS_AT_A_TIME * len(rows) // max(rows.numel(), 1))
+            for at in range(0, len(rows), step):
+                change.apply(rows[at : at + step], start + at, inverse=True)
+        except InexactError as error:
+            raise changed_since(Path(self._report.model), name) from error
         return rows
 
 

@@ -224,3 +224,14 @@ def test_two_runs_into_one_folder(tiny_llama: Path, tmp_path: Path) -> None:
     assert refused
     decrypt_checkpoint(tmp_path / "out", tmp_path / "back", key=KEY)
     assert files(tmp_path / "back") == files(tiny_llama)
+
+
+def test_tampered_so_that_it_cannot_even_be_divided(tiny_llama: Path, tmp_path: Path) -> None:
+    out, name = tmp_path / "out", "model.layers.0.mlp.up_proj.weight"
+    encrypt_checkpoint(tiny_llama, out, key=KEY)
+    tensors = load_file(out / "model.safetensors")
+    tensors[name].fill_(torch.finfo(torch.bfloat16).smallest_normal)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncryptError, match=f"{name} is not the tensor"):
+        decrypt_checkpoint(out, tmp_path / "no", key=KEY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

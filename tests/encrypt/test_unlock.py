@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_qguard import QGuardConfig, QGuardError, QGuardNF4Config, guard_all
+from optimum_qguard.checkpoint import CheckpointError
 from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.encrypt.key import Key
 from optimum_qguard.encrypt.transform import encrypt_checkpoint
@@ -118,6 +119,13 @@ def test_refusals(encrypted: Path, tiny_llama: Path, tmp_path: Path) -> None:
         load(tiny_llama, config)
     with pytest.raises(EncryptError, match="takes one of transformers' quantization configurations"):
         QGuardUnlockConfig("bnb-int8", key=KEY)  # type: ignore[arg-type]
+
+
+def test_a_foreign_manifest_that_is_no_json_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "qguard.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"qguard\.json: cannot be read as JSON"):
+        load(folder, QGuardNF4Config())
 
 
 @pytest.mark.parametrize(
