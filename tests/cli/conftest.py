@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from optimum_qguard.cli import main
 
@@ -52,3 +54,13 @@ def refused(qguard: Callable[..., Result], tmp_path: Path) -> Callable[..., str]
         return result.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def save_byte_tokenizer() -> Callable[[Path], None]:
+    """Puts a tokenizer of bytes, which takes any text, into a model's folder."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained

@@ -62,6 +62,18 @@ def test_fp16_safe(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> N
     assert (half - original).abs().max() < (logits(model) - original).abs().max()
 
 
+def test_a_new_key_is_kept_where_something_may_have_been_written(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    """A run that fails while it replaces what is in a folder leaves files that only this key undoes."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(half)
+    (tmp_path / "out").mkdir()
+    arguments = ("encrypt", half, tmp_path / "out", "--key", tmp_path / "key", "--new-key")
+    assert qguard(*arguments).code == 2
+    assert Key.load(tmp_path / "key")
+
+
 class TestBadInput:
     def test_no_key(self, refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
         assert "cannot be read" in refused("encrypt", model, tmp_path / "out", "--key", tmp_path / "key")

@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 SMALL = ("--max-tokens", 64, "--prompts", 2, "--max-new-tokens", 8, "--limit", 2)
 
 
 @pytest.fixture
-def model(tiny_llama: Path, tmp_path: Path) -> Path:
+def model(tiny_llama: Path, save_byte_tokenizer: Callable[[Path], None], tmp_path: Path) -> Path:
     """The tiny Llama with a tokenizer of bytes."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    save_byte_tokenizer(folder)
     return folder
 
 
