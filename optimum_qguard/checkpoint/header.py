@@ -2,17 +2,20 @@
 
 A file is 8 bytes with the header's length, the header (JSON: dtype, shape and offsets by tensor name), and the data.
 Format: https://github.com/huggingface/safetensors#format
+
+Whatever the bytes are, they are either a header that adds up to the file's length, tensor after tensor, or one error.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 
@@ -44,6 +47,11 @@ def _torch_dtypes() -> dict[str, torch.dtype]:
 
 
 _DTYPES = _torch_dtypes()
+_LENGTH_FIELD = 8
+_MOST_DIMENSIONS = 16
+
+MAX_HEADER_BYTES = 16 << 20
+"""100,000 tensors have less; JSON takes up to twenty times its length in memory."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class TensorInfo:
         shape: as stored.
         shard: name of the file that holds it.
         n_bytes: length of its data.
+        offset: where its data begins, from the file's first byte.
     """
 
     name: str
@@ -63,6 +72,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     shard: str
     n_bytes: int
+    offset: int
 
     @property
     def n_elements(self) -> int:
@@ -84,30 +94,103 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a safetensors file's header.
+    """Read and check the header of a safetensors file on this machine.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated (a Git LFS pointer, an interrupted download), or a dtype
-            that torch does not have.
+        CheckpointError: see `parse_header`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:  # checks the header against the file's length
-            metadata = dict(file.metadata() or {})
+
+    def read(start: int, length: int) -> bytes:
         with path.open("rb") as stream:
-            length = stream.read(8)
-            raw = length + stream.read(int.from_bytes(length, "little"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({error}); download or copy it again"
-        ) from error
-    entries = {name: entry for name, entry in json.loads(raw[8:]).items() if name != "__metadata__"}
-    ordered = sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"]))
-    return Header(raw, tuple(_tensor_info(path, name, entry) for name, entry in ordered), metadata)
+            stream.seek(start)
+            return stream.read(length)
+
+    try:
+        return parse_header(read, path.stat().st_size, str(path))
+    except OSError as error:
+        raise _broken(str(path), error.strerror or str(error)) from error
 
 
-def _tensor_info(path: Path, name: str, entry: dict[str, list[int]]) -> TensorInfo:
-    dtype = _DTYPES.get(str(entry["dtype"]))
+def parse_header(read: Callable[[int, int], bytes], size: int, file: str) -> Header:
+    """Check a file's header: only what is sure to be sound is returned.
+
+    Args:
+        read: gives ``length`` bytes from ``start`` on.
+        size: of the whole file.
+        file: what errors call it; its last part is the tensors' ``shard``.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated (a Git LFS pointer, an interrupted download), tensors that
+            overlap, leave gaps, or have another length than their shape and dtype say, or a dtype that torch does not
+            have.
+    """
+    raw = read(0, min(_LENGTH_FIELD, size))
+    length = int.from_bytes(raw, "little")
+    if len(raw) < _LENGTH_FIELD or length > size - _LENGTH_FIELD:
+        raise _broken(file, "its header would end behind the file's end")
+    if length > MAX_HEADER_BYTES:
+        raise _broken(file, f"its header is {length / 1e6:,.0f} MB long, which no model needs")
+    text = read(_LENGTH_FIELD, length)
+    entries = _parse_json(text, file)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(file, "its metadata is not text")
+    found = [_tensor_info(file, name, entry, _LENGTH_FIELD + length) for name, entry in entries.items()]
+    found.sort(key=lambda info: (info.offset, info.n_bytes))
+    end = _LENGTH_FIELD + length
+    for info in found:
+        if info.offset != end:
+            kind = "overlaps the tensor before it" if info.offset < end else "leaves a gap before it"
+            raise _broken(file, f"tensor {info.name} {kind}")
+        end += info.n_bytes
+    if end != size:
+        raise _broken(file, f"its tensors end at byte {end}, and the file at byte {size}")
+    return Header(raw + text, tuple(found), metadata)
+
+
+def _parse_json(text: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            raise ValueError("a name stands in it twice")  # parsers disagree on which one counts
+        return content
+
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"its header is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _broken(file, "its header is no JSON object")
+    return content
+
+
+def _tensor_info(file: str, name: str, entry: Any, data: int) -> TensorInfo:
+    def is_size(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _broken(file, f"tensor {name} has not exactly a dtype, a shape and offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and all(map(is_size, shape))):
+        raise _broken(file, f"tensor {name} has an impossible shape")
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets)) and offsets[0] <= offsets[1]
+    ):
+        raise _broken(file, f"tensor {name} has impossible offsets")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}, which this version of torch does not have")
-    start, end = entry["data_offsets"]
-    return TensorInfo(name, dtype, tuple(entry["shape"]), path.name, end - start)
+        raise CheckpointError(
+            f"{file}: tensor {name} is {entry['dtype']!r:.40}, which this version of torch does not have"
+        )
+    start, end = offsets
+    if 8 * (end - start) != math.prod(shape) * _bits(stored, dtype):
+        raise _broken(file, f"tensor {name} has another length than its shape and dtype say")
+    return TensorInfo(name, dtype, tuple(shape), Path(file).name, end - start, data + start)
+
+
+def _bits(name: str, dtype: torch.dtype) -> int:
+    return 4 if name == "F4" else 8 * dtype.itemsize
+
+
+def _broken(file: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{file}: not a complete safetensors file ({reason}); download or copy it again")
