@@ -177,11 +177,10 @@ def _tensor_info(file: str, name: str, entry: Any, data: int) -> TensorInfo:
         isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets)) and offsets[0] <= offsets[1]
     ):
         raise _broken(file, f"tensor {name} has impossible offsets")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    stored = str(entry["dtype"])
+    dtype = _DTYPES.get(stored)
     if dtype is None:
-        raise CheckpointError(
-            f"{file}: tensor {name} is {entry['dtype']!r:.40}, which this version of torch does not have"
-        )
+        raise CheckpointError(f"{file}: tensor {name} is {stored:.40}, which this version of torch does not have")
     start, end = offsets
     if 8 * (end - start) != math.prod(shape) * _bits(stored, dtype):
         raise _broken(file, f"tensor {name} has another length than its shape and dtype say")
