@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from optimum_qguard.guard.errors import QGuardError as QGuardError
     from optimum_qguard.guard.guard_all import guard_all as guard_all
     from optimum_qguard.guard.report import GuardReport as GuardReport
+    from optimum_qguard.scan.report import ScanReport as ScanReport
+    from optimum_qguard.scan.scanner import scan as scan
 
 __version__ = "0.1.0"
 
@@ -52,16 +54,19 @@ _WHERE = {
     "QGuardNF4Config": "guard.config",
     "QGuardUnlockConfig": "encrypt.unlock",
     "Residue": "encrypt.residue",
+    "ScanReport": "scan.report",
     "Traps": "encrypt.traps",
     "decrypt_checkpoint": "encrypt.transform",
     "encrypt_checkpoint": "encrypt.transform",
     "guard_all": "guard.guard_all",
 }
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = [*_WHERE, "__version__", "scan"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "scan":
+        return importlib.import_module(f"{__name__}.scan")
     if name in _WHERE:
         return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -73,9 +73,10 @@ class Repository(ABC):
     def _read(self, file: str, start: int, length: int) -> bytes:
         """Exactly those bytes, which lie within the file."""
 
-    @abstractmethod
-    def local_path(self, file: str) -> Path | None:
-        """Where the file lies on this machine, for memory-mapped reading; ``None`` if it does not."""
+    @property
+    def local_folder(self) -> Path | None:
+        """Where it lies on this machine; ``None`` if it does not."""
+        return None
 
     def close(self) -> None:
         """Give back connections."""
@@ -120,8 +121,9 @@ class FolderRepository(Repository):
             raise CheckpointError(f"{self._folder / file}: became shorter while it was read")
         return content
 
-    def local_path(self, file: str) -> Path:
-        return self._folder / file
+    @property
+    def local_folder(self) -> Path:
+        return self._folder
 
 
 def open_repository(model: str | Path, *, revision: str | None = None) -> Repository:

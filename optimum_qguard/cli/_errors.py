@@ -8,6 +8,7 @@ from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+from optimum_qguard.scan.errors import ScanError
 
 _SAY_WHAT_TO_DO = (
     AttackError,
@@ -17,6 +18,7 @@ _SAY_WHAT_TO_DO = (
     WeightError,
     QGuardConfigError,
     QGuardError,
+    ScanError,
     FileNotFoundError,
     ImportError,
 )
@@ -25,7 +27,8 @@ _LONGEST = 1500
 
 def one_line(error: Exception) -> str:
     """What is wrong and what to do, in one line."""
-    message = " ".join(str(error).split())
+    words = " ".join(str(error).split())
+    message = "".join(letter if letter.isprintable() else "?" for letter in words)  # names in files may hold anything
     if isinstance(error, _SAY_WHAT_TO_DO) and message:
         return message
     if len(message) > _LONGEST:
