@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -135,6 +136,8 @@ def load(path: Path, backend: str, device: str, how: str = "plain") -> Any:
 def warm_up(path: Path, backend: str, device: str, how: str) -> None:
     """Have everything imported and every kernel loaded that either side needs."""
     disable_progress_bar()
+    if importlib.util.find_spec("numba"):
+        importlib.import_module("optimum_qguard.guard.kernels")
     for each in ("plain", how):
         load(path, backend, device, each)
     gc.collect()

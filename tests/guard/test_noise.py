@@ -256,7 +256,7 @@ MEMORY = """
 from pathlib import Path
 import torch
 from optimum_qguard.formats import get_format
-from optimum_qguard.guard import noise
+from optimum_qguard.guard import kernels  # numba itself takes 100 MB, once
 from optimum_qguard.guard.noise import draw, half_width
 from optimum_qguard.guard.random import RandomStream
 
