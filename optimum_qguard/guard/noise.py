@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import mmap
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,8 +26,8 @@ from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
 
-COMPILED_FROM = 1 << 23
-"""So many weights of a tensor. In a model that has none so large the compiled `kernels` gain less than numba takes to
+COMPILED_FROM = 1 << 22
+"""Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
 start, half a second once a process."""
 
 _HUGE_PAGES_FROM = 1 << 25  # glibc returns larger ones to the system when they are freed
@@ -150,7 +149,7 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def _kernels(numel: int) -> ModuleType | None:
     """`kernels`, where they pay and numba is installed."""
-    if numel < COMPILED_FROM and f"{__package__}.kernels" not in sys.modules:
+    if numel < COMPILED_FROM:
         return None
     try:
         return importlib.import_module(f"{__package__}.kernels")

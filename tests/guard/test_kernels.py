@@ -1,5 +1,6 @@
 """The compiled kernels are the torch code that they stand for, number for number."""
 
+import math
 import sys
 from typing import Any
 
@@ -61,8 +62,7 @@ def draw_with(
     kernels: bool, weight: Tensor, format: Format, method: Method, seed: int, dtype: torch.dtype, **options: Any
 ) -> Draw:
     with pytest.MonkeyPatch.context() as patch:
-        if not kernels:
-            patch.setattr(noise, "_kernels", lambda _: None)
+        patch.setattr(noise, "COMPILED_FROM", 0 if kernels else torch.inf)
         return draw(weight, format, method, RandomStream(seed, "w"), dtype=dtype, **options)
 
 
@@ -152,13 +152,11 @@ def test_floats_are_rounded_half_to_even(dtype: torch.dtype) -> None:
 
 
 def test_large_tensors_alone_start_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "COMPILED_FROM", 1 << 10)
     monkeypatch.delitem(sys.modules, kernels.__name__)
-    used = []
-    monkeypatch.setattr(noise, "_kernels", lambda numel, real=noise._kernels: used.append(real(numel)) or used[-1])
-    for rows in (1, 16):
-        draw(torch.randn(rows, 64), get_format("nf4"), "stochastic", RandomStream(1, "w"))
-    assert [module and module.__name__ for module in used] == [None, kernels.__name__]
+    side = math.isqrt(noise.COMPILED_FROM)
+    for rows, started in [(side - 1, False), (side, True)]:
+        draw(torch.ones(rows, side), get_format("int8-rowwise"), "stochastic", RandomStream(1, "w"))
+        assert (kernels.__name__ in sys.modules) == started
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
