@@ -48,6 +48,7 @@ _MEASURED_PACKAGES = (
     "gguf",
     "libgguf",
     "safetensors",
+    "numba",
 )
 
 
