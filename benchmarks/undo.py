@@ -7,19 +7,17 @@ after the same recipe in the same quantizer. Where the two are near each other, 
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import RESULTS, argument_parser, print_table, write
-from mechanisms import KEY, STRONG_A, Reference
-from transformers.utils.logging import disable_progress_bar
+from divergence import KEY, STRONG_A, Reference, divergence_parser
+from harness import print_table, write
 
 from optimum_qguard.attacks.rebalance import rebalance_checkpoint
 from optimum_qguard.encrypt.transform import encrypt_checkpoint
-from optimum_qguard.evaluate import smollm2_path, standard_library_text
+from optimum_qguard.evaluate import standard_library_text
 
 FORMATS = ("bnb-int8", "torchao-int8", "bnb-nf4", "torchao-int4")
 ORIGINAL = "original"
@@ -44,15 +42,9 @@ RECIPES: Mapping[str, tuple[str, Sequence[str]]] = {
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argument_parser(__doc__, RESULTS / "undo.json")
-    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser = divergence_parser("undo", __doc__, FORMATS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    parser.add_argument("--tokens", type=int, default=256, help="how much of the text KL divergence is measured on")
-    parser.add_argument("--model", default=smollm2_path(), help="folder or Hub id of a model of Llama's kind")
-    arguments = parser.parse_args()
-    disable_progress_bar()
-    logging.disable(logging.ERROR)
-    measure(arguments)
+    measure(parser.parse_args())
 
 
 def measure(arguments: argparse.Namespace) -> None:
