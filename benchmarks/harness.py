@@ -45,6 +45,7 @@ _MEASURED_PACKAGES = (
     "torchao",
     "optimum-quanto",
     "gptqmodel",
+    "llmcompressor",
     "gguf",
     "libgguf",
     "safetensors",
