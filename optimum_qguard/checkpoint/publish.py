@@ -37,7 +37,7 @@ class Published:
         pull_request: its number.
         files: what was uploaded, sorted; what the Hub had already is among them.
         deleted: weight files of the model that was there before, which a loader might prefer.
-        left_out: pickles and key files, which are not uploaded.
+        left_out: pickles, key files and links out of the folder, which are not uploaded.
         info: what the client returns.
     """
 
@@ -165,9 +165,7 @@ def _check_folder(folder: Path, include_pickles: bool) -> tuple[dict[str, Any], 
                 "checkpoint again"
             )
     listed = FolderRepository(folder)
-    if listed.stray_links:
-        raise CheckpointError(f"{folder / listed.stray_links[0]}: a link that leads out of the folder; remove it")
-    files, left_out = [], []
+    files, left_out = [], list(listed.stray_links)
     for name, file in listed.files.items():
         suffix = PurePosixPath(name).suffix
         if suffix in SECRET_SUFFIXES or (suffix in PICKLE_SUFFIXES and not include_pickles):
@@ -178,7 +176,7 @@ def _check_folder(folder: Path, include_pickles: bool) -> tuple[dict[str, Any], 
                 f"{folder / name}: holds a key; move it out of the folder, or nobody needs it any more"
             )
         files.append(name)
-    return description, files, left_out
+    return description, files, sorted(left_out)
 
 
 def _look(

@@ -222,6 +222,9 @@ class Handler(BaseHTTPRequestHandler):
     @_route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         errors = card_errors(json.loads(self.body)["content"])
+        if errors and self.headers.get("Accept") == "text/plain":
+            self._send(400, "\n".join(errors).encode(), {"Content-Type": "text/plain"})
+            return
         content = {"errors": [{"message": message} for message in errors], "warnings": []}
         self._json(content, 400 if errors else 200)
 
