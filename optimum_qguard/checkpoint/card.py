@@ -231,7 +231,7 @@ def _add_results(header: str, results: Sequence[Mapping[str, Any]], model_name: 
     text = header[: _line_end(header, _end(items.value[-1]))]
     text = _with_final_newline(text, newline)
     indent = " " * items.start_mark.column
-    lines = _dump_list(results, newline).splitlines(keepends=True)
+    lines = _dump(list(results), newline).splitlines(keepends=True)
     added = text + "".join(indent + line for line in lines) + header[len(text) :]
     for item, mine in reversed(list(zip(items.value, ours, strict=True))):
         if mine:
@@ -317,13 +317,15 @@ def _with_final_newline(text: str, newline: str) -> str:
     return text if not text or text.endswith("\n") else text + newline
 
 
-def _dump(content: Mapping[str, Any], newline: str) -> str:
-    text: str = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, default_flow_style=False)
-    return text.replace("\n", newline)
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes what occurs twice twice, so that either can be edited."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-def _dump_list(content: Sequence[Any], newline: str) -> str:
-    text: str = yaml.safe_dump(list(content), sort_keys=False, allow_unicode=True, default_flow_style=False)
+def _dump(content: Mapping[str, Any] | Sequence[Any], newline: str) -> str:
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
     return text.replace("\n", newline)
 
 

@@ -366,7 +366,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             path = file["path"]
             mode = "lfs" if is_lfs(path, file["size"]) else "regular"
-            old = {"oid": commit.files[path].oid} if path in commit.files else {}
+            old = {"oid": commit.files[path].etag} if path in commit.files else {}
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | old)
         self._json({"files": answer})
 
