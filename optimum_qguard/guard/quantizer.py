@@ -273,8 +273,11 @@ class Guard:
         codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
         if codes is not None:
             return hand_over(weight, format, codes, dtype=dtype, name=name), "compensated"
-        method = self._method(format, weight.dtype)
-        # Per layer there is none yet: `draw` takes the tensor's own half-width.
+        method, per_cell = self._config.method_for(
+            known=self._backend.exact and not self._backend.calibrates and format.fixed_for(weight.dtype),
+            estimated=not self._backend.exact,
+        )
+        # Per layer and per cell there is none yet: `draw` takes half-widths of its own.
         base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
         drawn = draw(
             weight,
@@ -283,6 +286,7 @@ class Guard:
             RandomStream(self._seed, name, self._scratch),
             amplitude=None if method == "stochastic" or base is None else base * self._config.multiplier,
             half_widths=self._config.multiplier,
+            per_cell=per_cell,
             dtype=dtype,
             name=name,
             scratch=self._scratch,
@@ -303,12 +307,6 @@ class Guard:
             weight = rescaling.apply(weight)
         threshold = self._config.outlier_threshold
         return (weight, 0) if threshold is None else clip_outliers(weight, format, threshold, self._scratch)
-
-    def _method(self, format: Format, dtype: torch.dtype) -> Method:
-        if self._config.method != "auto":
-            return self._config.method
-        known = self._backend.exact and format.fixed_for(dtype)
-        return "stochastic" if known and not self._config.has_amplitude else "gaussian"
 
     def _report(self, model: Any) -> GuardReport:
         return GuardReport(
