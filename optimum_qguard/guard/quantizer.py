@@ -44,7 +44,7 @@ from optimum_qguard.guard.prerounding import Prerounding, full_precision
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import GuardReport, TensorReport
-from optimum_qguard.guard.saving import save_with_report
+from optimum_qguard.guard.saving import push_with_report, save_with_report
 
 build_quantizer = AutoHfQuantizer.from_config
 
@@ -185,6 +185,7 @@ class Guard:
             self._prerounding.close()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
+        model.push_to_hub = partial(push_with_report, model)
 
     def convert(self, tensors: dict[str, Any], model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> Any:
         """Randomize the tensors that the library is about to quantize, then let it."""
