@@ -52,7 +52,7 @@ class Repository(ABC):
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes `read` has given so far."""
+        """How many bytes have been read of it so far."""
         return self._bytes_read
 
     def read(self, file: str, start: int = 0, length: int | None = None) -> bytes:
@@ -65,9 +65,13 @@ class Repository(ABC):
             raise CheckpointError(f"{self.name}: has no file {file}")
         rest = max(self.files[file].size - start, 0)
         content = self._read(file, start, rest if length is None else min(length, rest))
-        with self._lock:
-            self._bytes_read += len(content)
+        self.count(len(content))
         return content
+
+    def count(self, n_bytes: int) -> None:
+        """Add what another process has read of the same repository to `bytes_read`."""
+        with self._lock:
+            self._bytes_read += n_bytes
 
     @abstractmethod
     def _read(self, file: str, start: int, length: int) -> bytes:
