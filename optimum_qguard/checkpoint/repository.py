@@ -49,6 +49,7 @@ class Repository(ABC):
         self.files: Mapping[str, RepositoryFile] = MappingProxyType(dict(sorted(files.items())))
         self._lock = threading.Lock()
         self._bytes_read = 0
+        self._closed = False
 
     @property
     def bytes_read(self) -> int:
@@ -61,6 +62,8 @@ class Repository(ABC):
         Raises:
             CheckpointError: no such file, or it cannot be read, or has changed.
         """
+        if self._closed:
+            raise CheckpointError(f"{self.name}: closed")
         if file not in self.files:
             raise CheckpointError(f"{self.name}: has no file {file}")
         rest = max(self.files[file].size - start, 0)
@@ -83,7 +86,8 @@ class Repository(ABC):
         return None
 
     def close(self) -> None:
-        """Give back connections."""
+        """Give back connections; nothing can be read any more."""
+        self._closed = True
 
 
 class FolderRepository(Repository):
