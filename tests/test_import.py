@@ -17,6 +17,7 @@ EXTRAS = (
     "torchmetrics",
     "datasets",
     "numba",
+    "ray",
 )
 
 

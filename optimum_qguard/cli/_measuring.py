@@ -23,11 +23,6 @@ BatchSize = Annotated[int, typer.Option(help="Prompts in one pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
-def comma_separated(given: str) -> tuple[str, ...]:
-    """The names in it, each once."""
-    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-
-
 def sources(given: Sequence[str]) -> dict[str, str]:
     """Data sets by task, from ``TASK=SOURCE``.
 

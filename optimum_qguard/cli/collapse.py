@@ -60,6 +60,7 @@ def command(
 
     A format whose quantizer refuses the model is a row that says so. Nothing is written but the plot.
     """
+    from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json, progress_bar
     from optimum_qguard.evaluate.collapse import collapse
     from optimum_qguard.evaluate.heat_map import plot_heat_map
