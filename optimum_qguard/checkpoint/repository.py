@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import looks_like_hub_id
+from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
+_LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,22 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     if isinstance(model, str) and looks_like_hub_id(model):
         raise NotImplementedError(revision)
     raise CheckpointError(f"{path}: no such folder or file")
+
+
+def read_object(repository: Repository, file: str) -> dict[str, Any]:
+    """A JSON file of a repository.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read.
+    """
+    try:
+        if repository.files[file].size > _LARGEST_JSON:
+            raise ValueError("it is too long")
+        return parse_object(repository.read(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
 
 
 def check_name(name: str) -> str:

@@ -125,7 +125,7 @@ def _aligned(length: int) -> int:
 
 
 def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest(), "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest(), "big")
 
 
 def _read(repository: Repository, tensor: StoredTensor, start: int, stop: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +15,9 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo, parse_header
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
-from optimum_qguard.checkpoint.repository import Repository
+from optimum_qguard.checkpoint.repository import Repository, read_object
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_LARGEST_JSON = 64 << 20
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
@@ -117,15 +115,7 @@ def _read_json(repository: Repository, name: str, problems: dict[str, str]) -> d
     if name not in repository.files:
         return {}
     try:
-        if repository.files[name].size > _LARGEST_JSON:
-            raise ValueError("too long")
-        content = json.loads(repository.read(name))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
+        return read_object(repository, name)
     except CheckpointError as error:
         problems[name] = str(error)
-    except (ValueError, RecursionError) as error:
-        problems[name] = f"{name}: cannot be read as JSON ({error})"
-    else:
-        return content
     return {}
