@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
-from optimum_qguard.scan.finding import SEVERITIES, Finding, Plot, Severity
+from optimum_qguard.scan.finding import SEVERITIES, Finding, Line, Plot, Severity
 
 Verdict = Literal["clean", "suspicious", "inconclusive", "skipped"]
 
@@ -27,7 +27,7 @@ class DetectorRun(BaseModel):
 
     name: str
     state: Literal["ran", "not run", "failed"]
-    reason: str | None = None
+    reason: Line | None = None
     tensors: int = 0
     seconds: float = 0.0
 
@@ -75,10 +75,10 @@ class ScanReport(BaseModel):
     schema_version: Literal[1] = 1
     package_version: str = __version__
     created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
-    model: str
-    revision: str | None = None
+    model: Line
+    revision: Line | None = None
     verdict: Verdict
-    reason: str
+    reason: Line
     protection: Literal["encrypted", "guarded"] | None = None
     full: bool = False
     deep: bool = False
