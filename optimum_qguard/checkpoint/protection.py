@@ -10,6 +10,9 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 
 MANIFEST_FILE = "qguard.json"
 PROTECTED = "encrypted"
+PROTECTED_TAG = "quantization-protected"
+GUARDED_TAG = "quantization-guarded"
+"""Of model cards."""
 UNLOCKED = "_qguard_unlocked"
 """Attribute of a model that is being loaded with its key."""
 

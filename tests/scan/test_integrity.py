@@ -135,7 +135,7 @@ def test_zeros_and_copies_are_notes(tmp_path: Path) -> None:
 def test_nearly_the_same_is_not_the_same(tmp_path: Path) -> None:
     weight = torch.randn(64, 1024)
     other = weight.clone()
-    other[0, 0] += 1
+    other[32] += 1
     more = {"model.layers.3.up.weight": weight, "model.layers.4.up.weight": other}
     assert scanned(sound(tmp_path / "a", **more)).findings == []
 
@@ -205,6 +205,9 @@ def test_pickles_that_cannot_be_read_leave_it_open(tmp_path: Path) -> None:
     folder = sound(tmp_path / "a")
     (folder / "unknown.pkl").write_bytes(pickle.dumps(Path("x")))
     assert "imports that picklescan does not know: pathlib.PosixPath" in only(folder).message
+    names = b"".join(b"caccelerate\nname%d\n0" % number for number in range(200))
+    (folder / "unknown.pkl").write_bytes(names + b"N.")
+    assert "accelerate.name0, accelerate.name1" in only(folder).message
     for content in (b"", b"\x80\x04", pickle.dumps({"a": 1})[:-1], b"7z\xbc\xaf\x27\x1c" + bytes(100), bytes(1000)):
         (folder / "unknown.pkl").write_bytes(content)
         finding = only(folder)

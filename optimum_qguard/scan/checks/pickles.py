@@ -22,13 +22,23 @@ from optimum_qguard.scan.subject import Subject
 
 _SUFFIXES = PICKLE_SUFFIXES | {".joblib"}
 _LARGEST_REMOTE = 64 << 20
-_TRAINER = (
-    "transformers.training_args.",
-    "transformers.trainer_utils.",
-    "transformers.trainer_pt_utils.",
-    "accelerate.",
+_TRAINER = frozenset(
+    {
+        "accelerate.state.PartialState",
+        "accelerate.utils.dataclasses.DistributedType",
+        "torch.device",
+        "transformers.trainer_pt_utils.AcceleratorConfig",
+        "transformers.trainer_utils.EvaluationStrategy",
+        "transformers.trainer_utils.FSDPOption",
+        "transformers.trainer_utils.HubStrategy",
+        "transformers.trainer_utils.IntervalStrategy",
+        "transformers.trainer_utils.SaveStrategy",
+        "transformers.trainer_utils.SchedulerType",
+        "transformers.training_args.OptimizerNames",
+        "transformers.training_args.TrainingArguments",
+    }
 )
-"""What the ``training_args.bin`` imports that transformers writes, beside torch's own: nothing that acts by itself."""
+"""What the ``training_args.bin`` imports that transformers writes beside many models: nothing that acts by itself."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def check_pickles(subject: Subject) -> Iterator[Finding]:
         elif not seen.complete:
             message = f"{file} is a pickle, or should be, that picklescan cannot read to its end."
             yield note(file=file, message=message, unsettled=True)
-        elif any(not name.startswith(_TRAINER) for name in seen.suspicious):
+        elif not _TRAINER.issuperset(seen.suspicious):
             message = f"{file} is a pickle with imports that picklescan does not know: {listed(seen.suspicious)}."
             yield note(file=file, message=message, unsettled=True)
         else:
