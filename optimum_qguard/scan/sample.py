@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,39 @@ def samples(repository: Repository, tensor: StoredTensor, seed: int, *, full: bo
     complete = sum(map(len, chosen)) == n_rows
     firsts = tuple(run.start for run in chosen)
     yield Sample(tensor.id, tensor.file, info.shape, torch.cat(parts), firsts, complete=complete)
+
+
+def sampled_runs(tensor: StoredTensor, seed: int, *, remote: bool) -> list[range]:
+    """Which rows of a tensor a quick scan looks at; the same of any tensor of this name and shape.
+
+    Args:
+        remote: whether reading takes requests.
+    """
+    n_rows, length = _as_matrix(tensor)
+    return runs(n_rows, length, _seed(seed, tensor.info.name), remote=remote)
+
+
+def read_runs(repository: Repository, tensor: StoredTensor, chosen: Sequence[range]) -> Tensor:
+    """Those rows, one after the other, as a quantizer sees them: ``(n, in_features)``.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    n_rows, length = _as_matrix(tensor)
+    if tensor.transposed:
+        whole = _read(repository, tensor, 0, tensor.info.n_elements).view(length, n_rows).T
+        return torch.cat([whole[run.start : run.stop] for run in chosen])
+    parts = [_read(repository, tensor, run.start * length, run.stop * length).view(-1, length) for run in chosen]
+    return torch.cat(parts)
+
+
+def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
+    """How many rows a quantizer sees in it, and how long they are; a vector is one row."""
+    if tensor.transposed:
+        length, n_rows = tensor.info.shape
+        return n_rows, length
+    length = tensor.info.shape[-1] if len(tensor.info.shape) > 1 else tensor.info.n_elements
+    return tensor.info.n_elements // length, length
 
 
 def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
