@@ -24,7 +24,7 @@ _FRONT_MATTER = re.compile(
     rf"(?P<before>{_HEADER_BEGIN.pattern})(?P<yaml>.*?)(?P<after>^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE
 )
 _TAGS = re.compile(r"^tags[ \t]*:[^\n]*(?:\n(?:[ \t\r#\]-][^\n]*)?)*", re.MULTILINE)
-_LONGEST_TAGS = 1 << 16
+_LONGEST_TAGS = 1 << 13
 _SECTION_ID = re.compile(r"[a-z0-9-]+")
 _BOM = "\ufeff"
 

@@ -101,7 +101,7 @@ def read_subject(repository: Repository, **options: Any) -> Subject:
         else:
             found += [(name, info) for info in header.tensors]
     times = Counter(info.name for _, info in found)
-    is_conv1d = config.get("model_type") in _CONV1D
+    is_conv1d = str(config.get("model_type")) in _CONV1D
     tensors = {}
     for file_name, info in found:
         id = info.name if times[info.name] == 1 else f"{file_name}:{info.name}"

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 
 from optimum_qguard import scan
 from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.repository import FolderRepository, Repository, RepositoryFile
 from optimum_qguard.scan.checks.numbers import Extent, extent
 from optimum_qguard.scan.checks.pickles import check_pickles
 from optimum_qguard.scan.detectors import get_detector
@@ -21,6 +19,7 @@ from optimum_qguard.scan.finding import Finding
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.subject import read_subject
 from tests.scan.malformed import INDEX, MODEL, SHARD, edit_index, sharded, sound, tensors, write_index
+from tests.scan.remote import Remote
 
 
 def scanned(folder: Path) -> ScanReport:
@@ -224,20 +223,6 @@ def test_without_picklescan_pickles_leave_it_open(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert only(folder).unsettled
     assert "install picklescan" in only(folder).message
-
-
-class Remote(Repository):
-    """A folder without a place on this machine, that counts what is read of it."""
-
-    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-        self._inner = FolderRepository(folder)
-        files = {
-            name: RepositoryFile(name, (sizes or {}).get(name, file.size)) for name, file in self._inner.files.items()
-        }
-        super().__init__("org/model", "0123", files)
-
-    def _read(self, file: str, start: int, length: int) -> bytes:
-        return self._inner.read(file, start, length)
 
 
 def test_remote_pickles_are_read_up_to_a_limit(tmp_path: Path) -> None:

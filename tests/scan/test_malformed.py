@@ -16,7 +16,7 @@ def test_never_clean_and_never_a_crash(build: object, tmp_path: Path) -> None:
     folder = tmp_path / "repository"
     build(folder)  # type: ignore[operator]
     for full in (False, True):
-        report = scan(folder, full=full, detectors=["integrity"])
+        report = scan(folder, full=full, detectors=["integrity", "provenance"])
         assert report.verdict != "clean"
         assert not [run for run in report.detectors if run.state == "failed"], report.detectors
         assert report.reason.isprintable()
@@ -30,5 +30,5 @@ def test_never_clean_and_never_a_crash(build: object, tmp_path: Path) -> None:
 def test_sound_repositories_are_clean(tmp_path: Path) -> None:
     """With the same detectors, so that the others' test is worth something."""
     for folder in (sound(tmp_path / "one"), sharded(tmp_path / "two")):
-        report = scan(folder, detectors=["integrity"])
+        report = scan(folder, detectors=["integrity", "provenance"])
         assert (report.verdict, report.findings) == ("clean", [])
