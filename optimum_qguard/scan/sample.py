@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optimum_qguard.checkpoint.repository import Repository
-from optimum_qguard.scan.subject import StoredTensor
+from optimum_qguard.scan.subject import ALIGNMENT, StoredTensor
 
 SHARE = 1 / 100
 """Of a tensor's weights, that a quick scan looks at."""
@@ -25,7 +25,6 @@ LEAST_WEIGHTS = 1 << 14
 """That a quick scan looks at in each tensor, if it has so many."""
 
 _PIECE_BYTES = 64 << 20
-_ALIGNMENT = 256  # the longest quantization block
 _RUNS = 4
 _RUNS_REMOTE = 1  # every run is a request
 
@@ -154,7 +153,7 @@ def _transposed(repository: Repository, tensor: StoredTensor, seed: int, *, full
 
 def _aligned(length: int) -> int:
     """The least number of rows of ``length`` weights that a whole number of blocks fits."""
-    return _ALIGNMENT // math.gcd(length, _ALIGNMENT)
+    return ALIGNMENT // math.gcd(length, ALIGNMENT)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -157,6 +158,19 @@ def _header(header: Any, data: bytes = bytes(16)) -> Callable[[Path], None]:
     return _content(file_with(header, data))
 
 
+def _sparse(shape: list[int], model_type: str = "llama") -> Callable[[Path], None]:
+    """A sound file of zeros, of which nearly none are on the disk."""
+
+    def build(folder: Path) -> None:
+        sound(folder, {"model_type": model_type})
+        n_bytes = 4 * math.prod(shape)
+        content = file_with({"h.0.c_fc.weight": entry(shape=shape, offsets=[0, n_bytes])})
+        (folder / MODEL).write_bytes(content)
+        os.truncate(folder / MODEL, len(content) + n_bytes)
+
+    return build
+
+
 REPOSITORIES: dict[str, Callable[[Path], Any]] = {
     "empty file": _content(b""),
     "cut in its data": _damaged(lambda content: content[:-1]),
@@ -194,6 +208,10 @@ REPOSITORIES: dict[str, Callable[[Path], Any]] = {
     "index to an absolute path": _with_index({"a": "/etc/passwd"}),
     "index names a tensor that is not there": lambda folder: edit_index(sharded(folder), ghost=SHARD.format(1)),
     "tensor in two shards": _twice,
+    "vector of 40 GB": _sparse([10**10]),
+    "rows of 40 GB": _sparse([1, 10**10]),
+    "rows of 400 MB": _sparse([255, 10**6 + 1]),
+    "columns of 40 GB": _sparse([10**5, 10**5], "gpt2"),
     "config no JSON": _content(b"\xff\xfe{", "config.json"),
     "config nested": _content(b'{"a":' * 50_000, "config.json"),
     "config a list": _content(b"[]", "config.json"),
