@@ -18,7 +18,6 @@ from optimum_qguard.cli._measuring import (
     MaxTokens,
     Model,
     Prompts,
-    comma_separated,
     sources,
 )
 

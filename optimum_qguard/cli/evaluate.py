@@ -15,7 +15,6 @@ from optimum_qguard.cli._measuring import (
     MaxTokens,
     Model,
     Prompts,
-    comma_separated,
     sources,
 )
 
