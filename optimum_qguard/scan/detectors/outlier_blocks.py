@@ -2,10 +2,11 @@
 
 A block counts from a gap ``g`` on if one to four of its weights are ``g`` times as large as all the others, and
 ``g / 4`` times in units of what is typical of each column (`optimum_qguard.formats.outliers`): channels that are large
-in every row are left out, so balanced outliers are what `reparameterization` finds. Trained weights have heavy tails. In
-a tail as heavy as ``P(|w| > x) ~ x**-2.5``, where Student's t has a finite variance but hardly more, a share of at most
-``g**-2.5`` of the blocks counts, which makes the number a binomial; and a few single "super weights" are allowed for on
-top. Nothing that was trained so far comes near it.
+in every row are left out, so balanced outliers are what `reparameterization` finds.
+
+Trained weights have heavy tails. In one as heavy as ``P(|w| > x) ~ x**-2.5``, where Student's t has a finite variance but
+hardly more, a share of at most ``g**-2.5`` of the blocks counts, so their number is at most a binomial; and a few
+single "super weights" are allowed for on top.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimum_qguard.formats.outliers import BLOCK_LENGTHS, find_isolated, most_in_block, typical_of_columns
+from optimum_qguard.formats.outliers import find_isolated, most_in_block, typical_of_columns
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.finding import Conclusion, Finding
@@ -30,7 +32,12 @@ from optimum_qguard.scan.tails import binomial_tail
 _GAPS = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 _TAIL = 2.5
 _SUPER_WEIGHTS, _SUPER_WEIGHTS_OF_MODEL = 3, 16
-_LEAST = min(BLOCK_LENGTHS)
+_LENGTHS = (
+    256,
+    64,
+    16,
+)  # blocks of other lengths show in those: with up to four weights above the gap, or in some only
+_LEAST = min(_LENGTHS)
 _ROW = 0
 _COLUMN_ROWS = 64
 
@@ -58,12 +65,10 @@ class OutlierBlocks(Detector):
         if len(sample.shape) < 2 or rows.shape[1] < _LEAST:
             return None
         counts = _Counts(Counter(), Counter())
-        typical: Tensor | None = None
+        typical = cache(lambda: typical_of_columns(rows[:: max(1, len(rows) // _COLUMN_ROWS)]))
         for length, blocks, index in _candidates(rows):
             counts.blocks[length] += len(blocks)
             if len(index):
-                if typical is None:
-                    typical = typical_of_columns(rows[:: max(1, len(rows) // _COLUMN_ROWS)])
                 found = find_isolated(blocks[index], index * blocks.shape[1], typical)
                 if found is not None:
                     gap = torch.minimum(*found.gaps())
@@ -73,16 +78,16 @@ class OutlierBlocks(Detector):
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
         by_tensor = {tensor: sum(pieces, _Counts(Counter(), Counter())) for tensor, pieces in evidence.items()}
-        tests = (len(by_tensor) + 1) * (len(BLOCK_LENGTHS) + 1) * len(_GAPS)
+        tests = (len(by_tensor) + 1) * (len(_LENGTHS) + 1) * len(_GAPS)
         least = {tensor: _least_probable(counts, _SUPER_WEIGHTS) for tensor, counts in by_tensor.items()}
         found = {tensor: most for tensor, most in least.items() if most.p_value * tests <= alpha}
         severity: Any = "note" if claims_protection(subject) else "error"
         if found:
             tensor, worst = min(found.items(), key=lambda item: (item[1].p_value, -item[1].share))
             message = (
-                f"{len(found)} of {len(by_tensor)} tensors have single weights that dwarf all others of their block, which "
-                f"a quantizer would round to zero: in {tensor} one is {worst.gap:.0f} times as large as the rest, or "
-                f"more, in {worst.share:.1%} of the {worst.blocks_of}."
+                f"{len(found)} of {len(by_tensor)} tensors have single weights that dwarf all others of their block, "
+                f"which a quantizer would round to zero: in {tensor} one is {worst.gap:.0f} times as large as the "
+                f"rest, or more, in {worst.share:.1%} of the {worst.blocks_of}."
             )
             return Conclusion([worst.finding(self.name, severity, message, tensor)])
         whole = _least_probable(sum(by_tensor.values(), _Counts(Counter(), Counter())), _SUPER_WEIGHTS_OF_MODEL)
@@ -149,17 +154,16 @@ def _candidates(rows: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         torch.amax(magnitude, 1, out=largest[start : start + step])
         torch.sum(magnitude, 1, out=total[start : start + step])
     found = []
-    for length in BLOCK_LENGTHS:
+    for length in _LENGTHS:
         if length <= rows.shape[1]:
             n_blocks, parts = len(flat) // length, length // _LEAST
-            of_block = (each[: n_blocks * parts].view(n_blocks, parts) for each in (largest, total))
-            found.append((length, flat[: n_blocks * length].view(n_blocks, length), _far(*of_block, length)))
+            maxima, sums = (each[: n_blocks * parts].view(n_blocks, parts) for each in (largest, total))
+            found.append((length, flat[: n_blocks * length].view(n_blocks, length), _far(maxima, sums, length)))
     if rows.shape[1] % _LEAST == 0:
-        found.append((_ROW, rows, _far(*(each.view(len(rows), -1) for each in (largest, total)), rows.shape[1])))
+        maxima, sums = largest.view(len(rows), -1), total.view(len(rows), -1)
     else:
-        magnitude = rows.float().abs_()
-        found.append((_ROW, rows, _far(magnitude, magnitude, rows.shape[1])))
-    return found
+        maxima = sums = rows.float().abs_()
+    return [*found, (_ROW, rows, _far(maxima, sums, rows.shape[1]))]
 
 
 def _far(largest: Tensor, total: Tensor, length: int) -> Tensor:
