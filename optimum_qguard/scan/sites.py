@@ -44,9 +44,11 @@ _ATTENTION = {
     "o": ("v",),
     "c_proj": ("c_attn",),
     "out_lin": ("v_lin",),
+    "dense": ("v_proj", "query_key_value"),
 }
 _KEYS = {"q_proj": "k_proj", "q": "k", "query": "key", "q_lin": "k_lin"}
 _FUSED = ("qkv_proj", "W_pack", "Wqkv", "c_attn")  # rows of queries, of keys, of values
+_INTERLEAVED = "query_key_value"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def _pairs(
             rows = rows[len(rows) // 2 :]
         elif stem in _FUSED:
             rows = rows[len(rows) - (len(rows) - len(read)) // 2 :]
+        elif stem == _INTERLEAVED:
+            rows = _values_of(rows, len(read), head)
         channels = _channels_of(len(read), len(rows), head)
         if channels is not None:
             yield SiteSizes(kind, producer, tensor, rows[channels], read)
@@ -133,11 +137,19 @@ def _pairs(
             yield SiteSizes("key", key, tensor, keys[channels], queries)
 
 
+def _values_of(rows: Octaves, readers: int, head: int | None) -> Octaves:
+    """The values' rows where each key-value head has its queries, its keys and its values one after another."""
+    groups = (len(rows) - readers) // (2 * head) if head else 0
+    if not head or groups < 1 or len(rows) % (groups * head):
+        return rows[:0]
+    return rows.reshape(groups, -1, head)[:, -1].flatten()
+
+
 def _channels_of(readers: int, producers: int, head: int | None) -> Any:
     """Which row of the key-value heads each of the query heads' channels belongs to; ``None`` if that is not known."""
     if readers == producers:
         return np.arange(readers)
-    if not head or readers % head or producers % head or readers % producers:
+    if not head or not producers or readers % head or producers % head or readers % producers:
         return None
     per_group = readers // producers
     channel = np.arange(readers)
@@ -146,7 +158,8 @@ def _channels_of(readers: int, producers: int, head: int | None) -> Any:
 
 def _head_length(config: Mapping[str, Any]) -> int | None:
     try:
-        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+        heads = config["num_attention_heads"] if "num_attention_heads" in config else config["n_head"]
+        return int(config.get("head_dim") or config["hidden_size"] // heads)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
 

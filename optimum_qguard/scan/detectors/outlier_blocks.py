@@ -4,8 +4,8 @@ A block counts from a gap ``g`` on if one to four of its weights are ``g`` times
 ``g / 4`` times in units of what is typical of each column (`optimum_qguard.formats.outliers`): channels that are large
 in every row are left out, so balanced outliers are what `reparameterization` finds.
 
-Trained weights have heavy tails. In one as heavy as ``P(|w| > x) ~ x**-2.5``, where Student's t has a finite variance but
-hardly more, a share of at most ``g**-2.5`` of the blocks counts, so their number is at most a binomial; and a few
+Trained weights have heavy tails. In one as heavy as ``P(|w| > x) ~ x**-2.5``, where Student's t has a finite variance
+and hardly more, a share of at most ``g**-2.5`` of the blocks counts, so their number is at most a binomial; and a few
 single "super weights" are allowed for on top.
 """
 

@@ -39,7 +39,7 @@ CLEAN = 0.5
 _WINDOWS = (4, LENGTH)
 _HIGHEST_CLEAN = 1.0
 _HIGHEST_BROKEN = 4.0
-_BROKEN = 1.0  # nats: beyond, nothing is of first order
+_BROKEN = 4.0  # nats: beyond, nothing is of first order
 _UNMEASURABLE = 1e-6  # nats: float32 says nothing about less
 _LOWEST_CLEAN, _HARMFUL = 0.1, 0.5
 _AMPLITUDE = 2.0**-6
@@ -185,9 +185,9 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
             )
         elif gap.p_value_low * tests <= alpha:
             message = (
-                f"Rounding at random to symbols of {gap.format} changes what the model says {CLEAN / gap.value:.1f} times as "
-                f"much as in a clean model, compared with rounding to the nearest ({unbiased:.3g} and {nearest:.3g} nats), "
-                "as if any change of the weights set something off."
+                f"Rounding at random to symbols of {gap.format} changes what the model says {1 / gap.value:.1f} times "
+                f"as much as rounding to the nearest, not twice as in a clean model ({unbiased:.3g} and {nearest:.3g} "
+                "nats), as if any change of the weights set something off."
             )
         elif gap.value < _ON_GRID:
             kind = "note"
@@ -218,8 +218,8 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
                 severity=severity,
                 message=(
                     f"Noise of a {response.divisor}th of the strength on the weights changes what the model says "
-                    f"{response.value:.1f} times less, not {response.expected:.0f} times as in a clean model, as if any "
-                    "change of the weights set something off."
+                    f"{response.value:.1f} times less, not {response.expected:.0f} times as in a clean model, as if "
+                    "any change of the weights set something off."
                 ),
                 statistic=f"KL under noise over KL under a {response.divisor}th of it",
                 value=response.value,
