@@ -1,0 +1,363 @@
+"""Whether weights were held inside quantization cells: their positions there have an edge that training never leaves.
+
+An attacker who wants another model after quantization than before moves weights about inside their cells, and clamps
+them to boxes so that none changes its symbol. What was clamped lies on the box's border, and beyond it there is nothing.
+See docs/scan-methods.md for the tests and what they find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimum_qguard.scan.detector import Detector, register
+from optimum_qguard.scan.edges import comparisons, steepest
+from optimum_qguard.scan.finding import Conclusion, Finding, Plot
+from optimum_qguard.scan.residuals import BINS, CELLS, NEAR, Cells, Histograms, histograms
+from optimum_qguard.scan.sample import Sample
+from optimum_qguard.scan.subject import Subject
+
+_SHARP = (1, 2, 4)
+_WIDE = (16, 32)
+_ON_GRID = 0.5  # of the weights near their symbols, where it would be a tenth
+_REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
+_NARROW = 3.0
+_WORST = 3
+_PLOTTED = 64
+
+Kind = Literal["rows", "range", "searched", "zero point", "absmax"]
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    """Of neighbouring windows' densities, that a clean model may have; ``wide`` is ``None`` where it is not tested."""
+
+    sharp: float
+    wide: float | None
+    pooled: float
+
+
+@dataclass
+class _Tests:
+    """All histograms of a repository, one line for each tensor and format that is tested.
+
+    Attributes:
+        tensor, cells: of each line.
+        counts, spread: see `steepest`.
+    """
+
+    tensor: list[str]
+    cells: list[int]
+    counts: NDArray[np.int64]
+    spread: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """A line that a test rejects."""
+
+    line: int
+    log_p: float
+    place: int
+    width: int
+    statistic: str
+
+
+@register
+class ResidualSpikes(Detector):
+    """See the module."""
+
+    name: ClassVar[str] = "residual_spikes"
+    summary: ClassVar[str] = "Weights are spread evenly inside quantization cells, not held back from their borders."
+
+    def examine(self, sample: Sample) -> Histograms | None:
+        """Histograms of the weights' positions in the cells of every format."""
+        return histograms(sample)
+
+    def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
+        merged = {tensor: _merged(pieces) for tensor, pieces in evidence.items()}
+        if not merged:
+            return Conclusion(not_run="it has no matrices of at least a few thousand weights")
+        near = {tensor: _near_grids(found) for tensor, found in merged.items()}
+        tests = _tests(merged, near)
+        findings: list[Finding] = []
+        suspects: list[_Suspect] = []
+        if tests.tensor:
+            limit = math.log(alpha / _comparisons(tests))
+            suspects, broad, narrow = _judged(tests, limit)
+            findings += _alarms(self.name, tests, suspects)
+            if not suspects:
+                findings += _pooled(self.name, tests, limit)
+                findings += _bumps(self.name, tests, broad, narrow)
+        findings += _grids(self.name, merged, near)
+        return Conclusion(findings, _plots(self.name, tests, suspects))
+
+
+def _merged(pieces: Sequence[Histograms]) -> Histograms:
+    first, *others = pieces
+    total = Histograms(**vars(first))
+    for other in others:
+        total.add(other)
+    return total
+
+
+def _kind(cells: Cells) -> Kind:
+    """Formats of one kind have grids with common points, so weights on one are no even spread in the others."""
+    if cells.block == 0:
+        return "rows"
+    if cells.shifted:
+        return "range"
+    if cells.block == 256:
+        return "searched"
+    return "zero point" if cells.ranged else "absmax"
+
+
+def _ratios(cells: Cells) -> _Ratios:
+    """The finer the steps, the more evenly any density fills them; a searched scale prefers weights near symbols."""
+    if _kind(cells) == "searched":
+        return _Ratios(2.0, None, 2.0)
+    if cells.steps >= 100:
+        return _Ratios(1.5, 1.25, 1.1) if cells.block == 0 else _Ratios(1.5, 1.5, 1.25)
+    return _Ratios(2.0, 2.0 if cells.steps == 0 else 1.5, 1.5)
+
+
+def _near_grids(found: Histograms) -> tuple[int, ...]:
+    """Of which formats, the most likely first, the weights lie on the grid or so near it that they came from there."""
+    near, all_below = found.below.T
+    share = near / np.maximum(all_below, 1)
+    order = np.argsort(-share, kind="stable")
+    return tuple(found.cells[i] for i in order if share[i] >= _ON_GRID and all_below[i] >= 100)
+
+
+def _repeats(found: Histograms) -> bool:
+    return found.compared > 0 and found.repeated > _REPEATED * found.compared
+
+
+def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> _Tests:
+    """What can be tested: not the formats whose grid the weights lie on, nor those like it; and where values repeat as
+    they do on any grid, only row by row, since in blocks the grid's points meet the cells the same way again and again.
+    """
+    tensor, cells, counts, spread = [], [], [], []
+    seen = set()
+    for name, found in merged.items():
+        kinds = {_kind(CELLS[index]) for index in near[name]}
+        kinds |= {"searched"} if "range" in kinds else {"range"} if "searched" in kinds else set()
+        for line, index in enumerate(found.cells):
+            kind = _kind(CELLS[index])
+            if kind in kinds or (_repeats(found) and kind != "rows") or found.freedom[line] <= 0:
+                continue
+            key = (index, found.counts[line].tobytes())
+            if key in seen:  # the same tensor stored twice
+                continue
+            seen.add(key)
+            tensor.append(name)
+            cells.append(index)
+            counts.append(found.counts[line])
+            # An upper bound of what is estimated, three standard deviations above.
+            more = found.chi_square[line] / found.freedom[line] + 3 * math.sqrt(2 / found.freedom[line])
+            spread.append(max(1.0, more))
+    return _Tests(tensor, cells, np.array(counts, dtype=np.int64).reshape(-1, BINS), np.array(spread))
+
+
+def _comparisons(tests: _Tests) -> int:
+    """In all, with those of the histograms of all tensors together."""
+    return 2 * (len(tests.tensor) + len({*tests.cells})) * comparisons(BINS, _SHARP + _WIDE)
+
+
+def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], list[int]]:
+    """Lines that show a box; lines that merely fall off, broadly; and lines that fall off close to the symbol."""
+    ratios = [_ratios(CELLS[index]) for index in tests.cells]
+    sharp = np.array([ratio.sharp for ratio in ratios])
+    # A ratio without end is never exceeded.
+    wide = np.array([ratio.wide or np.inf for ratio in ratios])
+    falls = steepest(tests.counts, tests.spread, sharp, _SHARP)
+    falls_widely = steepest(tests.counts, tests.spread, wide, _WIDE)
+    rises_widely = steepest(tests.counts, tests.spread, wide, _WIDE, rise=True)
+    suspects, broad, narrow = [], [], []
+    for line in range(len(tests.tensor)):
+        if falls.log_p[line] < limit:
+            suspects.append(_Suspect(line, falls.log_p[line], falls.place[line], falls.width[line], "edge"))
+        elif falls_widely.log_p[line] < limit:
+            place, width = falls_widely.place[line], falls_widely.width[line]
+            if rises_widely.log_p[line] < limit:
+                suspects.append(_Suspect(line, falls_widely.log_p[line], place, width, "thinning"))
+            else:
+                (narrow if _is_narrow(tests.counts[line]) else broad).append(line)
+    return suspects, broad, narrow
+
+
+def _is_narrow(counts: NDArray[np.int64]) -> bool:
+    """Whether weights lie about their symbols more closely than any attacker could use: what is left of an earlier
+    quantization after a short training."""
+    return bool(counts[1 : BINS // 8].mean() >= _NARROW * counts[BINS // 4 : BINS // 2].mean())
+
+
+def _alarms(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[Finding]:
+    """For each format that explains a tensor best: how many, and the worst ones."""
+    strongest: dict[str, _Suspect] = {}
+    for suspect in suspects:
+        tensor = tests.tensor[suspect.line]
+        if tensor not in strongest or suspect.log_p < strongest[tensor].log_p:
+            strongest[tensor] = suspect
+    by_cells: dict[int, list[_Suspect]] = {}
+    for suspect in sorted(strongest.values(), key=lambda suspect: suspect.log_p):
+        by_cells.setdefault(tests.cells[suspect.line], []).append(suspect)
+    findings: list[Finding] = []
+    for index, found in sorted(by_cells.items(), key=lambda item: len(item[1]), reverse=True):
+        worst = found[0]
+        also = {CELLS[tests.cells[suspect.line]].label for suspect in suspects} - {CELLS[at].label for at in by_cells}
+        message = _said(tests, worst, len(found))
+        if also and not findings:
+            message += f" It shows more weakly in {len(also)} related format(s), such as {min(also)}."
+        findings.append(_finding(detector, tests, worst, message, None))
+        for suspect in found[:_WORST]:
+            findings.append(_finding(detector, tests, suspect, _said(tests, suspect, 1), tests.tensor[suspect.line]))
+    return findings
+
+
+def _finding(detector: str, tests: _Tests, suspect: _Suspect, message: str, tensor: str | None) -> Finding:
+    return Finding(
+        detector=detector,
+        severity="error",
+        message=message,
+        tensor=tensor,
+        format=CELLS[tests.cells[suspect.line]].format,
+        statistic=suspect.statistic,
+        value=round(_times(tests, suspect), 2),
+        expected=1.0,
+        p_value=math.exp(max(suspect.log_p, -690.0)),
+    )
+
+
+def _times(tests: _Tests, suspect: _Suspect) -> float:
+    """How many times as many weights there are just within the edge as just beyond it."""
+    counts, at, width = tests.counts[suspect.line], suspect.place, suspect.width
+    return float(counts[at - width : at].sum() / max(1, counts[at : at + width].sum()))
+
+
+def _said(tests: _Tests, suspect: _Suspect, tensors: int) -> str:
+    cells = CELLS[tests.cells[suspect.line]]
+    name = tests.tensor[suspect.line]
+    subject = name if tensors == 1 else f"{tensors} of the tensors, {name} most of all,"
+    verb = "has" if tensors == 1 else "have"
+    place = _place(cells, suspect.place)
+    if suspect.statistic == "thinning":
+        return f"{subject} {verb} fewer and fewer weights beyond {place} of {cells.label}, as if they had been held back."
+    many = f"{_times(tests, suspect):.3g} times as many weights just within {place} of {cells.label} as just beyond"
+    return f"{subject} {verb} {many}, as if they had been clamped there."
+
+
+def _place(cells: Cells, place: int) -> str:
+    share = place / BINS
+    return f"{share / 2:.2f} steps from the middle of a cell" if cells.steps else f"{share:.0%} of the way through a cell"
+
+
+def _pooled(detector: str, tests: _Tests, limit: float) -> list[Finding]:
+    """What is too weak in each tensor, but is there in all of them together; the strongest."""
+    indices = sorted({*tests.cells})
+    cells = np.array(tests.cells)
+    counts = np.stack([tests.counts[cells == index].sum(0) for index in indices])
+    spread = np.array([tests.spread[cells == index].max() for index in indices])
+    ratio = np.array([_ratios(CELLS[index]).pooled for index in indices])
+    falls = steepest(counts, spread, ratio, _SHARP)
+    best = int(falls.log_p.argmin())
+    if falls.log_p[best] >= limit:
+        return []
+    together = _Tests(["all tensors together"] * len(indices), indices, counts, spread)
+    suspect = _Suspect(best, falls.log_p[best], int(falls.place[best]), int(falls.width[best]), "pooled edge")
+    message = _said(together, suspect, 1).replace("together has", "together have")
+    return [_finding(detector, together, suspect, message[0].upper() + message[1:], None)]
+
+
+def _bumps(detector: str, tests: _Tests, broad: Sequence[int], narrow: Sequence[int]) -> list[Finding]:
+    """Notes on densities that fall off smoothly."""
+    findings = []
+    for lines, unsettled in ((broad, True), (narrow, False)):
+        by_cells: dict[int, list[int]] = {}
+        for line in lines:
+            by_cells.setdefault(tests.cells[line], []).append(line)
+        if not by_cells:
+            continue
+        index, found = max(by_cells.items(), key=lambda item: len(item[1]))
+        label, name = CELLS[index].label, tests.tensor[found[0]]
+        why = (
+            "that may be left of an earlier quantization, or weights held back from the cells' borders without a sharp edge"
+            if unsettled
+            else "what is left of an earlier quantization after a short training"
+        )
+        findings.append(
+            Finding(
+                detector=detector,
+                severity="note",
+                message=f"Weights of {len(found)} tensor(s), {name} for one, gather about the symbols of {label}: {why}.",
+                tensor=name if len(found) == 1 else None,
+                format=CELLS[index].format,
+                unsettled=unsettled,
+            )
+        )
+    return findings
+
+
+def _grids(detector: str, merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> list[Finding]:
+    """Notes on weights that lie on a grid, one for each format that is the likeliest for a tensor."""
+    by_cells: dict[int | None, list[str]] = {}
+    for name, indices in near.items():
+        if indices:
+            by_cells.setdefault(indices[0], []).append(name)
+        elif _repeats(merged[name]):
+            by_cells.setdefault(None, []).append(name)
+    findings = []
+    for index, names in sorted(by_cells.items(), key=lambda item: len(item[1]), reverse=True):
+        which = f"The weights of {len(names)} tensor(s), {names[0]} for one,"
+        if index is None:
+            message = f"{which} repeat a few values, as on a grid that is none of those known: only rows could be tested."
+        else:
+            message = f"{which} lie on or near a grid of {CELLS[index].label}: they were quantized before."
+        findings.append(
+            Finding(
+                detector=detector,
+                severity="note",
+                message=message,
+                tensor=names[0] if len(names) == 1 else None,
+                format=None if index is None else CELLS[index].format,
+                statistic=f"share of the weights within {NEAR:.0%} of the symbol" if index is not None else "repeats",
+                unsettled=index is None,
+            )
+        )
+    return findings
+
+
+def _plots(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[Plot]:
+    """Of the worst tensor and format, or of int8 rows of all tensors."""
+    if suspects:
+        worst = min(suspects, key=lambda suspect: suspect.log_p)
+        cells, counts = CELLS[tests.cells[worst.line]], tests.counts[worst.line]
+        title = f"{tests.tensor[worst.line]} in cells of {cells.label}"
+    else:
+        lines = [line for line, index in enumerate(tests.cells) if CELLS[index].format == "int8-rowwise"]
+        if not lines:
+            return []
+        cells, counts = CELLS[tests.cells[lines[0]]], tests.counts[lines].sum(0)
+        title = f"All tensors together in cells of {cells.label}"
+    bars = counts.reshape(_PLOTTED, -1).sum(1).astype(float)
+    bars[0] = bars[1]  # it also counts what is left out
+    middles = (np.arange(_PLOTTED) + 0.5) / _PLOTTED
+    label = "share of the way from the symbol to the cell's border"
+    even = [float(bars.mean())] * _PLOTTED
+    return [
+        Plot(
+            detector=detector,
+            title=title,
+            kind="bars",
+            x_label=label,
+            y_label="weights",
+            x=middles.tolist(),
+            y=bars.tolist(),
+            expected=even,
+        )
+    ]
