@@ -38,7 +38,7 @@ def steepest(counts: Counts, spread: Floats, ratio: Floats, widths: Sequence[int
     """Where each histogram falls most steeply, outwards.
 
     Args:
-        counts: ``(n, bins)``; the first bin is left out.
+        counts: ``(n, bins)``.
         spread: ``(n,)``, at least 1: variance of the counts relative to that of independent weights.
         ratio: ``(n,)``, of two neighbouring windows' densities, up to which there is nothing to say.
         widths: of windows, in bins.
@@ -68,7 +68,7 @@ def _windows(counts: Counts, widths: Sequence[int]) -> Iterator[tuple[int, NDArr
     below = np.concatenate([np.zeros((len(counts), 1), dtype=np.int64), counts.cumsum(1)], axis=1)
     for width in widths:
         # From the border inwards, so that the outermost window is one of them.
-        places = np.arange(counts.shape[1] - width, width, -max(1, width // 4))
+        places = np.arange(counts.shape[1] - width, width - 1, -max(1, width // 4))
         middle = below[:, places]
         yield width, places, middle - below[:, places - width], below[:, places + width] - middle
 

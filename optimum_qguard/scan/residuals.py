@@ -5,8 +5,9 @@ was only trained are spread evenly: cells are small against the spread of the we
 s, the density of the positions departs from 1 by 2·exp(-2π²σ²/s²) for normal weights, 5e-9 at σ = s).
 
 Left out are weights that would tell of other things: in the cells of a block's extreme values (which set the scale, and
-so lie where they lie by definition), in blocks whose weights are mostly within a step of zero (there cells are as wide
-as the density), and repeated rows. All of these are counted at position 0, and so is what lies there by chance.
+so lie where they lie by definition), in zero's cell (where pruned and very small weights are), in blocks whose weights
+are mostly within a step of zero (there cells are as wide as the density), and repeated rows. All of these are counted
+at position 0, and so is what lies there by chance.
 
 A weight in BF16 or FP16 stands for all numbers that round to it, which may be half a step apart: it is spread evenly
 over them, so that a quantizer's grid never meets a floating-point one.
@@ -40,13 +41,17 @@ LEAST_WEIGHTS = 4096
 GROUP = 2048
 """Weights next to each other, whose histograms are compared: equal values there make them differ too much."""
 
+SYMMETRIC_GROUPS = (32, 64, 128)
+"""Whose 4-bit grids are recognised, although their scale is not that which a quantizer would choose again."""
+
 _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
+_OFF_GRID = 0.1  # steps, on average; 0.25 by chance
 _CHUNK = 1 << 15
 _K_QUANT_WEIGHTS = 1 << 12
 _MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
-_LEAST_SPREAD = 1.25  # mean magnitude in steps
-_LEAST_SPREAD_CODE_BOOK = 0.15  # of the block's absmax
+_LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
+_CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
 _LEAST_SIDE = 0.02  # of a code book's cell, as a share of absmax
 
 
@@ -122,6 +127,7 @@ class Histograms:
         chi_square, freedom: ``(n_cells,)`` of how much groups of weights differ in their histograms, and its degrees of
             freedom; the ratio is 1 where positions are independent.
         repeated, compared: of some ``compared`` weights that are not zero, how many equal one of the 256 around them.
+        dequantized: ``(3,)`` int64, how many of these lie on a 4-bit symmetric grid of each of `SYMMETRIC_GROUPS`.
     """
 
     cells: tuple[int, ...]
@@ -131,6 +137,7 @@ class Histograms:
     freedom: NDArray[np.float64]
     repeated: int
     compared: int
+    dequantized: NDArray[np.int64]
 
     def add(self, other: Histograms) -> None:
         """Take in another piece of the same tensor."""
@@ -142,6 +149,7 @@ class Histograms:
         self.freedom = self.freedom + other.freedom
         self.repeated += other.repeated
         self.compared += other.compared
+        self.dequantized = self.dequantized + other.dequantized
 
 
 def histograms(sample: Sample) -> Histograms | None:
@@ -173,12 +181,21 @@ def histograms(sample: Sample) -> Histograms | None:
     return total
 
 
-def _repeated(rows: Tensor) -> tuple[int, int]:
-    """`Histograms.repeated` and `Histograms.compared`."""
+def _repeated(rows: Tensor) -> tuple[int, int, NDArray[np.int64]]:
+    """`Histograms.repeated`, `Histograms.compared` and `Histograms.dequantized`."""
     flat = rows.reshape(-1)[: _COMPARED * 256]
-    runs = flat[: flat.numel() // 256 * 256].view(-1, 256).sort(1).values
-    same = (runs[:, 1:] == runs[:, :-1]) & (runs[:, 1:] != 0)
-    return int(same.sum()), int((runs != 0).sum())
+    runs = flat[: flat.numel() // 256 * 256].view(-1, 256)
+    ordered = runs.sort(1).values
+    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).sum())
+    compared, on_grid = int(torch.count_nonzero(runs)), np.zeros(len(SYMMETRIC_GROUPS), dtype=np.int64)
+    if repeated > compared / 4:
+        for index, group in enumerate(SYMMETRIC_GROUPS):
+            blocks = runs.reshape(-1, group).float()
+            # Symbols are -8 to 7, and a block's greatest weight became one of the two.
+            units = [blocks * (end / blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)) for end in (7, 8)]
+            off = torch.stack([(of - of.round()).abs().mean(1) for of in units]).amin(0)
+            on_grid[index] = group * int((off < _OFF_GRID).sum())
+    return repeated, compared, on_grid
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:
@@ -258,32 +275,44 @@ def _positions(
                     yield [index], _searched(stored[:count], blocks[:count], get_format(CELLS[index].format))
             continue
         low, high = stored.amin(1, keepdim=True).float(), stored.amax(1, keepdim=True).float()
-        mean = blocks.abs().mean(1, keepdim=True)
         even = [index for index in indices if CELLS[index].steps]
         if even:
-            yield even, _on_even_grids(blocks, low, high, mean, even, scratch)
+            yield even, _on_even_grids(blocks, low, high, even, scratch)
         for index in indices:
             if not CELLS[index].steps:
-                yield [index], _in_code_book(blocks, torch.maximum(-low, high), mean, CELLS[index].format)
+                yield [index], _in_code_book(blocks, torch.maximum(-low, high), CELLS[index].format, scratch)
 
 
-def _on_even_grids(
-    blocks: Tensor, low: Tensor, high: Tensor, mean: Tensor, indices: list[int], scratch: Scratch
-) -> Tensor:
-    """`_positions` on grids of equal steps; ``low``, ``high`` and ``mean`` magnitude ``(n_blocks, 1)``."""
-    absmax = torch.maximum(-low, high)
-    step = torch.stack([(high - low if CELLS[i].ranged else _rounded(absmax, CELLS[i])) / CELLS[i].steps for i in indices])
-    inverse = torch.where(mean > _LEAST_SPREAD * step, 1 / step, 0)
-    offset = torch.stack([low if CELLS[i].shifted else torch.zeros_like(low) for i in indices])
-    return _placed(blocks, inverse, offset, low, high, scratch)
+def _on_even_grids(blocks: Tensor, low: Tensor, high: Tensor, indices: list[int], scratch: Scratch) -> Tensor:
+    """`_positions` on grids of equal steps; ``low`` and ``high`` ``(n_blocks, 1)`` are the blocks' extremes."""
+    absmax, zero = torch.maximum(-low, high), torch.zeros_like(low)
+    widths = {
+        "range": high - low,
+        "absmax": absmax,
+        "half": absmax.half().float(),  # as bitsandbytes stores it
+    }
+    inverse, offset = [], []
+    for index in indices:
+        cells = CELLS[index]
+        width = widths["range" if cells.ranged else "half" if cells.format == "int8-rowwise" else "absmax"]
+        inverse.append(cells.steps / width)
+        offset.append(low if cells.shifted else zero)
+    return _placed(blocks, torch.stack(inverse), torch.stack(offset), low, high, scratch)
 
 
-def _placed(
-    blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: Tensor, scratch: Scratch
-) -> Tensor:
+def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
+    """``inverse`` steps ``(n_formats, n_blocks, 1)``, 0 where a block's weights are mostly within a step of zero."""
+    magnitude = torch.abs(blocks, out=scratch.like(blocks, "magnitude"))
+    units = scratch.like(blocks.expand(len(inverse), *blocks.shape), "units")
+    saturated = torch.mul(magnitude, inverse, out=units).clamp_(max=1).mean(-1, keepdim=True)
+    return torch.where(saturated > _LEAST_SPREAD, inverse, 0)
+
+
+def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> Tensor:
     """Places on grids of given ``inverse`` steps and ``offset``, ``(n_formats, n_blocks, 1)``."""
     bins = 2.0 * BINS
     shape = (len(inverse), *blocks.shape)
+    inverse = _spread_enough(blocks, inverse, scratch)
     # A whole number of steps, so that what is clamped comes to lie on a symbol.
     least = ((low - offset) * inverse).ceil_().add_(1).mul_(bins).sub_(0.5)
     greatest = ((high - offset) * inverse).floor_().sub_(1).mul_(bins).sub_(0.5)
@@ -292,14 +321,13 @@ def _placed(
     torch.addcmul(-offset * inverse - 0.5, blocks, inverse, out=units)
     # Not clamp: with bounds that are tensors it takes several times as long.
     torch.minimum(torch.maximum(units, least, out=units), greatest, out=units)
+    # Zero's cell is left out, since weights may be small for reasons of their own. Half a bin was subtracted already.
+    for units_of, offset_of in zip(units, offset, strict=True):
+        if not offset_of.any():
+            torch.ops.aten.hardshrink.out(units_of, BINS - 0.5, out=units_of)
     # The addition rounds to a whole number, half to even: what is clamped goes to bin 0.
     places = units.add_(_MAGIC).view(torch.int32)
     return places.bitwise_and_(2 * BINS - 1).view(len(inverse), -1)
-
-
-def _rounded(absmax: Tensor, cells: Cells) -> Tensor:
-    """bitsandbytes stores it in float16."""
-    return absmax.half().float() if cells.format == "int8-rowwise" else absmax
 
 
 def _searched(stored: Tensor, blocks: Tensor, format: Format) -> Tensor:
@@ -308,20 +336,18 @@ def _searched(stored: Tensor, blocks: Tensor, format: Format) -> Tensor:
     grid = format.grid(sub_blocks)
     weights = blocks.reshape(sub_blocks.shape)
     offset = torch.zeros_like(grid.scale) if grid.offset is None else grid.offset
-    scale = grid.scale.abs()
-    spread = weights.abs().mean(1, keepdim=True) > _LEAST_SPREAD * scale
     ends = torch.stack([grid.alphabet[0] * grid.scale, grid.alphabet[-1] * grid.scale]) + offset
     low, high = ends.amin(0), ends.amax(0)
-    inverse = torch.where(spread, 1 / scale, 0)
     low = torch.maximum(low, weights.amin(1, keepdim=True))
     high = torch.minimum(high, weights.amax(1, keepdim=True))
-    return _placed(weights, inverse[None], offset[None], low, high, Scratch())
+    return _placed(weights, 1 / grid.scale.abs()[None], offset[None], low, high, Scratch())
 
 
-def _in_code_book(blocks: Tensor, absmax: Tensor, mean: Tensor, format: str) -> Tensor:
+def _in_code_book(blocks: Tensor, absmax: Tensor, format: str, scratch: Scratch) -> Tensor:
     """`_positions` between the symbols of a code book."""
-    inverse = torch.where(mean > _LEAST_SPREAD_CODE_BOOK * absmax, 32767 / absmax, 0)
-    index = (blocks * inverse).clamp_(-32767, 32767).add_(_MAGIC).view(torch.int32).bitwise_and_(0xFFFF)
+    inverse = _spread_enough(blocks, 1 / (_CODE_BOOK_STEP * absmax)[None], scratch)[0] * (_CODE_BOOK_STEP * 32767)
+    units = torch.mul(blocks, inverse, out=scratch.like(blocks, "units"))
+    index = units.clamp_(-32767, 32767).add_(_MAGIC).view(torch.int32).bitwise_and_(0xFFFF)
     return _code_book(format).index_select(0, index.view(-1)).view(1, -1)
 
 
@@ -336,7 +362,7 @@ def _code_book(format: str) -> Tensor:
     symbol = np.searchsorted(edges[1:-1], units)
     right = units >= alphabet[symbol]
     side = np.where(right, edges[symbol + 1] - alphabet[symbol], alphabet[symbol] - edges[symbol])
-    inner = (symbol > 0) & (symbol < len(alphabet) - 1) & (side > _LEAST_SIDE)
+    inner = (symbol > 0) & (symbol < len(alphabet) - 1) & (alphabet[symbol] != 0) & (side > _LEAST_SIDE)
     place = np.minimum(np.abs(units - alphabet[symbol]) / np.maximum(side, 1e-9) * BINS, BINS - 1).astype(np.int32)
     return torch.from_numpy(np.where(inner, np.where(right, place, 2 * BINS - 1 - place), 0).astype(np.int32))
 
@@ -346,8 +372,9 @@ def _count(places: Tensor, total: Histograms, at: list[int]) -> None:
     formats, n = places.shape
     groups = max(1, n // GROUP)
     first = torch.arange(0, formats * groups * 2 * BINS, 2 * BINS, dtype=torch.int32).view(formats, groups, 1)
-    places[:, : groups * GROUP].unflatten(1, (groups, -1)).add_(first)
-    places[:, groups * GROUP :].add_(first[:, -1])
+    whole = min(n, groups * GROUP)
+    places[:, :whole].view(formats, groups, -1).add_(first)
+    places[:, whole:].add_(first[:, -1])
     found = torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
     below = found[..., BINS:].sum(1)

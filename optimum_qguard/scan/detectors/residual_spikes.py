@@ -1,7 +1,7 @@
 """Whether weights were held inside quantization cells: their positions there have an edge that training never leaves.
 
 An attacker who wants another model after quantization than before moves weights about inside their cells, and clamps
-them to boxes so that none changes its symbol. What was clamped lies on the box's border, and beyond it there is nothing.
+them to boxes so that none changes its symbol. What was clamped lies on the box's border, and nothing beyond it.
 See docs/scan-methods.md for the tests and what they find.
 """
 
@@ -18,19 +18,25 @@ from numpy.typing import NDArray
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.edges import comparisons, steepest
 from optimum_qguard.scan.finding import Conclusion, Finding, Plot
-from optimum_qguard.scan.residuals import BINS, CELLS, NEAR, Cells, Histograms, histograms
+from optimum_qguard.scan.residuals import BINS, CELLS, NEAR, SYMMETRIC_GROUPS, Cells, Histograms, histograms
 from optimum_qguard.scan.sample import Sample
 from optimum_qguard.scan.subject import Subject
 
 _SHARP = (1, 2, 4)
 _WIDE = (16, 32)
 _ON_GRID = 0.5  # of the weights near their symbols, where it would be a tenth
+_NEAR_GRID = 0.25
+_HEAPED = 1.5
+_DEQUANTIZED = 0.8
 _REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
-_NARROW = 3.0
+_NARROW = 2.0
+_FIRST = round(NEAR * BINS)  # what gathers nearer to its symbol was quantized before; no attack has so little room
+_FINE = 100  # steps
+_RATIO_NEAR = 4.0
 _WORST = 3
-_PLOTTED = 64
+_NONE_BEYOND = 50
 
-Kind = Literal["rows", "range", "searched", "zero point", "absmax"]
+Kind = Literal["rows", "range", "searched", "zero"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,15 @@ class _Tests:
 
     Attributes:
         tensor, cells: of each line.
-        counts, spread: see `steepest`.
+        counts, spread: see `steepest`; bins from `_FIRST` on.
+        even: of each line, whether its weights lie near no grid at all.
     """
 
     tensor: list[str]
     cells: list[int]
     counts: NDArray[np.int64]
     spread: NDArray[np.float64]
+    even: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -114,42 +122,50 @@ def _kind(cells: Cells) -> Kind:
         return "range"
     if cells.block == 256:
         return "searched"
-    return "zero point" if cells.ranged else "absmax"
+    return "zero"
 
 
 def _ratios(cells: Cells) -> _Ratios:
     """The finer the steps, the more evenly any density fills them; a searched scale prefers weights near symbols."""
     if _kind(cells) == "searched":
         return _Ratios(2.0, None, 2.0)
-    if cells.steps >= 100:
+    if cells.steps >= _FINE:
         return _Ratios(1.5, 1.25, 1.1) if cells.block == 0 else _Ratios(1.5, 1.5, 1.25)
     return _Ratios(2.0, 2.0 if cells.steps == 0 else 1.5, 1.5)
 
 
 def _near_grids(found: Histograms) -> tuple[int, ...]:
-    """Of which formats, the most likely first, the weights lie on the grid or so near it that they came from there."""
+    """Of which formats, the most likely first, the weights lie on the grid or so near it that they came from there.
+
+    After a longer training fewer are near, but they still are the more the nearer.
+    """
     near, all_below = found.below.T
     share = near / np.maximum(all_below, 1)
-    order = np.argsort(-share, kind="stable")
-    return tuple(found.cells[i] for i in order if share[i] >= _ON_GRID and all_below[i] >= 100)
+    heaped = found.counts[:, 1:_FIRST].mean(1) > _HEAPED * found.counts[:, _FIRST : 2 * _FIRST].mean(1)
+    is_near = ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= 100)
+    return tuple(found.cells[i] for i in np.argsort(-share, kind="stable") if is_near[i])
 
 
 def _repeats(found: Histograms) -> bool:
     return found.compared > 0 and found.repeated > _REPEATED * found.compared
 
 
+def _dequantized(found: Histograms) -> int | None:
+    """The group size of a symmetric 4-bit grid that repeating weights lie on."""
+    best = int(found.dequantized.argmax())
+    if not _repeats(found) or found.dequantized[best] < _DEQUANTIZED * found.compared:
+        return None
+    return SYMMETRIC_GROUPS[best]
+
+
 def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> _Tests:
-    """What can be tested: not the formats whose grid the weights lie on, nor those like it; and where values repeat as
-    they do on any grid, only row by row, since in blocks the grid's points meet the cells the same way again and again.
-    """
-    tensor, cells, counts, spread = [], [], [], []
+    """What can be tested, see `_testable`."""
+    tensor, cells, counts, spread, even = [], [], [], [], []
     seen = set()
     for name, found in merged.items():
-        kinds = {_kind(CELLS[index]) for index in near[name]}
-        kinds |= {"searched"} if "range" in kinds else {"range"} if "searched" in kinds else set()
+        testable = _testable(found, near[name])
         for line, index in enumerate(found.cells):
-            kind = _kind(CELLS[index])
-            if kind in kinds or (_repeats(found) and kind != "rows") or found.freedom[line] <= 0:
+            if index not in testable or found.freedom[line] <= 0:
                 continue
             key = (index, found.counts[line].tobytes())
             if key in seen:  # the same tensor stored twice
@@ -157,35 +173,54 @@ def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]
             seen.add(key)
             tensor.append(name)
             cells.append(index)
-            counts.append(found.counts[line])
+            counts.append(found.counts[line, _FIRST:])
             # An upper bound of what is estimated, three standard deviations above.
             more = found.chi_square[line] / found.freedom[line] + 3 * math.sqrt(2 / found.freedom[line])
             spread.append(max(1.0, more))
-    return _Tests(tensor, cells, np.array(counts, dtype=np.int64).reshape(-1, BINS), np.array(spread))
+            even.append(not near[name] and not _repeats(found))
+    table = np.array(counts, dtype=np.int64).reshape(-1, BINS - _FIRST)
+    return _Tests(tensor, cells, table, np.array(spread), np.array(even, dtype=bool))
+
+
+def _testable(found: Histograms, near: Sequence[int]) -> set[int]:
+    """Of the formats that a tensor has histograms for, those in which it would be spread evenly.
+
+    Weights on or near a grid are not in the formats of its kind. Where the grid has a symbol at zero, the greatest
+    weight of a block is a whole number of its steps; then the weights are simple fractions of it, whatever the format,
+    and in whole rows, of which only some blocks are like that, they still nearly are. Values that repeat, as on a grid
+    that is not known, may be so too.
+    """
+    kinds = {_kind(CELLS[index]) for index in near}
+    if _repeats(found) or kinds - {"range"}:
+        return {i for i in found.cells if "rows" not in kinds and CELLS[i].block == 0 and CELLS[i].steps >= _FINE}
+    return {i for i in found.cells if not (kinds and _kind(CELLS[i]) in ("range", "searched"))}
 
 
 def _comparisons(tests: _Tests) -> int:
     """In all, with those of the histograms of all tensors together."""
-    return 2 * (len(tests.tensor) + len({*tests.cells})) * comparisons(BINS, _SHARP + _WIDE)
+    return 2 * (len(tests.tensor) + len({*tests.cells})) * comparisons(BINS - _FIRST, _SHARP + _WIDE)
 
 
 def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], list[int]]:
     """Lines that show a box; lines that merely fall off, broadly; and lines that fall off close to the symbol."""
     ratios = [_ratios(CELLS[index]) for index in tests.cells]
-    sharp = np.array([ratio.sharp for ratio in ratios])
+    sharp = np.where(tests.even, [ratio.sharp for ratio in ratios], _RATIO_NEAR)
     # A ratio without end is never exceeded.
-    wide = np.array([ratio.wide or np.inf for ratio in ratios])
+    wide = np.where(tests.even, [ratio.wide or np.inf for ratio in ratios], np.inf)
     falls = steepest(tests.counts, tests.spread, sharp, _SHARP)
     falls_widely = steepest(tests.counts, tests.spread, wide, _WIDE)
     rises_widely = steepest(tests.counts, tests.spread, wide, _WIDE, rise=True)
-    suspects, broad, narrow = [], [], []
+    suspects: list[_Suspect] = []
+    broad: list[int] = []
+    narrow: list[int] = []
     for line in range(len(tests.tensor)):
         if falls.log_p[line] < limit:
-            suspects.append(_Suspect(line, falls.log_p[line], falls.place[line], falls.width[line], "edge"))
+            place, width = int(falls.place[line]), int(falls.width[line])
+            suspects.append(_Suspect(line, float(falls.log_p[line]), place, width, "edge"))
         elif falls_widely.log_p[line] < limit:
-            place, width = falls_widely.place[line], falls_widely.width[line]
+            place, width = int(falls_widely.place[line]), int(falls_widely.width[line])
             if rises_widely.log_p[line] < limit:
-                suspects.append(_Suspect(line, falls_widely.log_p[line], place, width, "thinning"))
+                suspects.append(_Suspect(line, float(falls_widely.log_p[line]), place, width, "thinning"))
             else:
                 (narrow if _is_narrow(tests.counts[line]) else broad).append(line)
     return suspects, broad, narrow
@@ -194,7 +229,7 @@ def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], lis
 def _is_narrow(counts: NDArray[np.int64]) -> bool:
     """Whether weights lie about their symbols more closely than any attacker could use: what is left of an earlier
     quantization after a short training."""
-    return bool(counts[1 : BINS // 8].mean() >= _NARROW * counts[BINS // 4 : BINS // 2].mean())
+    return bool(counts[: BINS // 16].mean() >= _NARROW * counts[BINS // 4 :].mean())
 
 
 def _alarms(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[Finding]:
@@ -208,15 +243,17 @@ def _alarms(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[
     for suspect in sorted(strongest.values(), key=lambda suspect: suspect.log_p):
         by_cells.setdefault(tests.cells[suspect.line], []).append(suspect)
     findings: list[Finding] = []
-    for index, found in sorted(by_cells.items(), key=lambda item: len(item[1]), reverse=True):
+    for found in sorted(by_cells.values(), key=len, reverse=True):
         worst = found[0]
         also = {CELLS[tests.cells[suspect.line]].label for suspect in suspects} - {CELLS[at].label for at in by_cells}
         message = _said(tests, worst, len(found))
         if also and not findings:
             message += f" It shows more weakly in {len(also)} related format(s), such as {min(also)}."
         findings.append(_finding(detector, tests, worst, message, None))
-        for suspect in found[:_WORST]:
-            findings.append(_finding(detector, tests, suspect, _said(tests, suspect, 1), tests.tensor[suspect.line]))
+        findings += [
+            _finding(detector, tests, suspect, _said(tests, suspect, 1), tests.tensor[suspect.line])
+            for suspect in found[:_WORST]
+        ]
     return findings
 
 
@@ -247,20 +284,29 @@ def _said(tests: _Tests, suspect: _Suspect, tensors: int) -> str:
     verb = "has" if tensors == 1 else "have"
     place = _place(cells, suspect.place)
     if suspect.statistic == "thinning":
-        return f"{subject} {verb} fewer and fewer weights beyond {place} of {cells.label}, as if they had been held back."
-    many = f"{_times(tests, suspect):.3g} times as many weights just within {place} of {cells.label} as just beyond"
+        return f"{subject} {verb} ever fewer weights up to {place} of {cells.label}, as if they had been held back."
+    times = _times(tests, suspect)
+    if times > _NONE_BEYOND:
+        return (
+            f"{subject} {verb} next to no weights beyond {place} of {cells.label}, as if they had been clamped there."
+        )
+    many = f"{times:.2g} times as many weights just within {place} of {cells.label} as just beyond"
     return f"{subject} {verb} {many}, as if they had been clamped there."
 
 
 def _place(cells: Cells, place: int) -> str:
     share = place / BINS
-    return f"{share / 2:.2f} steps from the middle of a cell" if cells.steps else f"{share:.0%} of the way through a cell"
+    return (
+        f"{share / 2:.2f} steps from the middle of a cell" if cells.steps else f"{share:.0%} of the way through a cell"
+    )
 
 
 def _pooled(detector: str, tests: _Tests, limit: float) -> list[Finding]:
     """What is too weak in each tensor, but is there in all of them together; the strongest."""
-    indices = sorted({*tests.cells})
-    cells = np.array(tests.cells)
+    cells = np.where(tests.even, tests.cells, -1)
+    indices = sorted({*cells.tolist()} - {-1})
+    if not indices:
+        return []
     counts = np.stack([tests.counts[cells == index].sum(0) for index in indices])
     spread = np.array([tests.spread[cells == index].max() for index in indices])
     ratio = np.array([_ratios(CELLS[index]).pooled for index in indices])
@@ -268,8 +314,10 @@ def _pooled(detector: str, tests: _Tests, limit: float) -> list[Finding]:
     best = int(falls.log_p.argmin())
     if falls.log_p[best] >= limit:
         return []
-    together = _Tests(["all tensors together"] * len(indices), indices, counts, spread)
-    suspect = _Suspect(best, falls.log_p[best], int(falls.place[best]), int(falls.width[best]), "pooled edge")
+    together = _Tests(
+        ["all tensors together"] * len(indices), indices, counts, spread, np.ones(len(indices), dtype=bool)
+    )
+    suspect = _Suspect(best, float(falls.log_p[best]), int(falls.place[best]), int(falls.width[best]), "pooled edge")
     message = _said(together, suspect, 1).replace("together has", "together have")
     return [_finding(detector, together, suspect, message[0].upper() + message[1:], None)]
 
@@ -286,7 +334,7 @@ def _bumps(detector: str, tests: _Tests, broad: Sequence[int], narrow: Sequence[
         index, found = max(by_cells.items(), key=lambda item: len(item[1]))
         label, name = CELLS[index].label, tests.tensor[found[0]]
         why = (
-            "that may be left of an earlier quantization, or weights held back from the cells' borders without a sharp edge"
+            "left of an earlier quantization, or held back from the cells' borders without leaving a sharp edge"
             if unsettled
             else "what is left of an earlier quantization after a short training"
         )
@@ -294,7 +342,7 @@ def _bumps(detector: str, tests: _Tests, broad: Sequence[int], narrow: Sequence[
             Finding(
                 detector=detector,
                 severity="note",
-                message=f"Weights of {len(found)} tensor(s), {name} for one, gather about the symbols of {label}: {why}.",
+                message=f"{len(found)} tensor(s), {name} for one, have weights about the symbols of {label}: {why}.",
                 tensor=name if len(found) == 1 else None,
                 format=CELLS[index].format,
                 unsettled=unsettled,
@@ -305,28 +353,31 @@ def _bumps(detector: str, tests: _Tests, broad: Sequence[int], narrow: Sequence[
 
 def _grids(detector: str, merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> list[Finding]:
     """Notes on weights that lie on a grid, one for each format that is the likeliest for a tensor."""
-    by_cells: dict[int | None, list[str]] = {}
+    by_grid: dict[tuple[str, str] | None, list[str]] = {}
     for name, indices in near.items():
+        group = _dequantized(merged[name])
         if indices:
-            by_cells.setdefault(indices[0], []).append(name)
+            by_grid.setdefault((CELLS[indices[0]].label, CELLS[indices[0]].format), []).append(name)
+        elif group is not None:
+            by_grid.setdefault((f"4-bit symmetric groups of {group}", "gptq-4"), []).append(name)
         elif _repeats(merged[name]):
-            by_cells.setdefault(None, []).append(name)
+            by_grid.setdefault(None, []).append(name)
     findings = []
-    for index, names in sorted(by_cells.items(), key=lambda item: len(item[1]), reverse=True):
+    for grid, names in sorted(by_grid.items(), key=lambda item: len(item[1]), reverse=True):
         which = f"The weights of {len(names)} tensor(s), {names[0]} for one,"
-        if index is None:
-            message = f"{which} repeat a few values, as on a grid that is none of those known: only rows could be tested."
+        if grid is None:
+            message = f"{which} repeat a few values, as on a grid that is not known here: only rows could be tested."
         else:
-            message = f"{which} lie on or near a grid of {CELLS[index].label}: they were quantized before."
+            message = f"{which} lie on or near a grid of {grid[0]}: they were quantized before."
         findings.append(
             Finding(
                 detector=detector,
                 severity="note",
                 message=message,
                 tensor=names[0] if len(names) == 1 else None,
-                format=None if index is None else CELLS[index].format,
-                statistic=f"share of the weights within {NEAR:.0%} of the symbol" if index is not None else "repeats",
-                unsettled=index is None,
+                format=None if grid is None else grid[1],
+                statistic="weights that repeat" if grid is None else "weights near symbols",
+                unsettled=grid is None,
             )
         )
     return findings
@@ -344,11 +395,10 @@ def _plots(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[P
             return []
         cells, counts = CELLS[tests.cells[lines[0]]], tests.counts[lines].sum(0)
         title = f"All tensors together in cells of {cells.label}"
-    bars = counts.reshape(_PLOTTED, -1).sum(1).astype(float)
-    bars[0] = bars[1]  # it also counts what is left out
-    middles = (np.arange(_PLOTTED) + 0.5) / _PLOTTED
+    middles = (np.arange(BINS)[_FIRST:] + 0.5) / BINS
+    bars = counts.astype(float)
     label = "share of the way from the symbol to the cell's border"
-    even = [float(bars.mean())] * _PLOTTED
+    even = [float(bars.mean())] * len(bars)
     return [
         Plot(
             detector=detector,
