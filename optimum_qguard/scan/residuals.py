@@ -10,7 +10,8 @@ are mostly within a step of zero (there cells are as wide as the density), and r
 at position 0, and so is what lies there by chance.
 
 A weight in BF16 or FP16 stands for all numbers that round to it, which may be half a step apart: it is spread evenly
-over them, so that a quantizer's grid never meets a floating-point one.
+over them, so that a quantizer's grid never meets a floating-point one. Of BF16 weights in 8-bit formats only those
+within 8 steps of zero are looked at, which that moves by at most 1/64 of a step.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ BINS = 128
 NEAR = 1 / 10
 """Of the way to the cell's border, within which nearly all weights lie that were quantized before."""
 
+NEAREST_BINS = 4
+
 LEAST_WEIGHTS = 4096
 """That a tensor must have for anything to be said about it."""
 
@@ -44,11 +47,15 @@ GROUP = 2048
 SYMMETRIC_GROUPS = (32, 64, 128)
 """Whose 4-bit grids are recognised, although their scale is not that which a quantizer would choose again."""
 
+FINE = 100
+"""Steps of formats of 8 bits have more."""
+
+_COARSE_REACH = 8.0  # steps
 _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
 _OFF_GRID = 0.1  # steps, on average; 0.25 by chance
 _CHUNK = 1 << 15
-_K_QUANT_WEIGHTS = 1 << 12
+_K_QUANT_WEIGHTS = 1 << 13
 _MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
 _LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
 _CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
@@ -122,8 +129,8 @@ class Histograms:
     Attributes:
         cells: indices into `CELLS` of what it was looked at for, ascending.
         counts: ``(n_cells, BINS)`` int64; the first bin also counts what is left out.
-        below: ``(n_cells, 2)`` int64, of those below their symbol, where nothing left out is counted: how many are
-            within `NEAR` of it, and how many there are.
+        below: ``(n_cells, 3)`` int64, of those below their symbol, where nothing left out is counted: how many are in
+            the nearest `NEAREST_BINS`, how many within `NEAR` of it, and how many there are.
         chi_square, freedom: ``(n_cells,)`` of how much groups of weights differ in their histograms, and its degrees of
             freedom; the ratio is 1 where positions are independent.
         repeated, compared: of some ``compared`` weights that are not zero, how many equal one of the 256 around them.
@@ -164,7 +171,7 @@ def histograms(sample: Sample) -> Histograms | None:
     total = Histograms(
         tuple(chosen),
         np.zeros((len(chosen), BINS), dtype=np.int64),
-        np.zeros((len(chosen), 2), dtype=np.int64),
+        np.zeros((len(chosen), 3), dtype=np.int64),
         np.zeros(len(chosen)),
         np.zeros(len(chosen)),
         *_repeated(rows),
@@ -173,9 +180,10 @@ def histograms(sample: Sample) -> Histograms | None:
     searched = 0
     scratch = Scratch()
     for chunk in _chunks(rows):
-        spread = _dithered(chunk, scratch)
+        spread, coarse = _dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread)
-        for indices, positions in _positions(chunk, spread, chosen, scratch, with_search=searched < _K_QUANT_WEIGHTS):
+        with_search = searched < _K_QUANT_WEIGHTS
+        for indices, positions in _positions(chunk, spread, chosen, scratch, coarse=coarse, with_search=with_search):
             _count(positions, total, [place[index] for index in indices])
         searched += chunk.numel()
     return total
@@ -207,15 +215,16 @@ def _chunks(rows: Tensor) -> Iterator[Tensor]:
         yield rows[start : start + step]
 
 
-def _dithered(rows: Tensor, scratch: Scratch) -> Tensor:
-    """The weights in float32, each moved to a random one of the numbers that round to it.
+def _dithered(rows: Tensor, scratch: Scratch) -> tuple[Tensor, bool]:
+    """The weights in float32, each moved to a random one of the numbers that round to it; and whether they were BF16.
 
     Also where a 16-bit model was stored in 32 bits: a float32 whose last 16 bits are all zero is taken for a BF16, one
     whose last 13 bits are for an FP16. Of others, one in thousands is moved by 2⁻¹¹ of itself, which changes nothing.
     """
     weights = scratch.like(rows, "dithered").copy_(rows)
     bits = weights.view(torch.int32)
-    if rows.dtype == torch.bfloat16:
+    coarse = rows.dtype == torch.bfloat16
+    if coarse:
         bits += _noise(bits.numel(), 16).view_as(bits)
     elif rows.dtype == torch.float16:
         bits += _noise(bits.numel(), 13).view_as(bits)
@@ -224,11 +233,11 @@ def _dithered(rows: Tensor, scratch: Scratch) -> Tensor:
         if int(torch.count_nonzero(last)) < 0.999 * last.numel():
             is_16 = last == 0
             is_bfloat16 = is_16 & ((bits & 0xFFFF) == 0)
-            bits += torch.where(is_16, _noise(bits.numel(), 13).view_as(bits), 0)
+            noise = torch.where(is_16, _noise(bits.numel(), 13).view_as(bits), 0)
             # Many FP16 numbers are BF16 numbers too: only where most are, it is a BF16 model.
-            if int(is_bfloat16.sum()) > 0.5 * int(is_16.sum()):
-                bits += torch.where(is_bfloat16, _noise(bits.numel(), 16).view_as(bits), 0)
-    return torch.where(rows == 0, 0, weights)
+            coarse = int(is_bfloat16.sum()) > 0.5 * int(is_16.sum())
+            bits += torch.where(is_bfloat16, _noise(bits.numel(), 16).view_as(bits), noise) if coarse else noise
+    return torch.where(rows == 0, 0, weights), coarse
 
 
 @cache
@@ -254,7 +263,7 @@ def _leave_out_repeated(rows: Tensor, spread: Tensor) -> None:
 
 
 def _positions(
-    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, with_search: bool
+    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, with_search: bool
 ) -> Iterator[tuple[list[int], Tensor]]:
     """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
     (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
@@ -277,13 +286,15 @@ def _positions(
         low, high = stored.amin(1, keepdim=True).float(), stored.amax(1, keepdim=True).float()
         even = [index for index in indices if CELLS[index].steps]
         if even:
-            yield even, _on_even_grids(blocks, low, high, even, scratch)
+            yield even, _on_even_grids(blocks, low, high, even, scratch, coarse=coarse)
         for index in indices:
             if not CELLS[index].steps:
                 yield [index], _in_code_book(blocks, torch.maximum(-low, high), CELLS[index].format, scratch)
 
 
-def _on_even_grids(blocks: Tensor, low: Tensor, high: Tensor, indices: list[int], scratch: Scratch) -> Tensor:
+def _on_even_grids(
+    blocks: Tensor, low: Tensor, high: Tensor, indices: list[int], scratch: Scratch, *, coarse: bool
+) -> Tensor:
     """`_positions` on grids of equal steps; ``low`` and ``high`` ``(n_blocks, 1)`` are the blocks' extremes."""
     absmax, zero = torch.maximum(-low, high), torch.zeros_like(low)
     widths = {
@@ -297,7 +308,19 @@ def _on_even_grids(blocks: Tensor, low: Tensor, high: Tensor, indices: list[int]
         width = widths["range" if cells.ranged else "half" if cells.format == "int8-rowwise" else "absmax"]
         inverse.append(cells.steps / width)
         offset.append(low if cells.shifted else zero)
-    return _placed(blocks, torch.stack(inverse), torch.stack(offset), low, high, scratch)
+    steps = torch.stack(inverse)
+    reach = torch.full((len(indices), 1, 1), torch.inf)
+    if coarse:
+        reach[[CELLS[index].steps >= FINE for index in indices]] = _COARSE_REACH
+    # In the weights' units: no limit becomes the block's extreme value.
+    return _placed(
+        blocks,
+        steps,
+        torch.stack(offset),
+        torch.maximum(low, -(reach + 1) / steps),
+        torch.minimum(high, (reach + 1) / steps),
+        scratch,
+    )
 
 
 def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
@@ -379,7 +402,8 @@ def _count(places: Tensor, total: Histograms, at: list[int]) -> None:
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
     below = found[..., BINS:].sum(1)
     total.counts[at] += by_group.sum(1).numpy()
-    total.below[at] += torch.stack([below[:, -round(NEAR * BINS) :].sum(1), below.sum(1)], dim=1).numpy()
+    parts = [below[:, -NEAREST_BINS:], below[:, -round(NEAR * BINS) :], below]
+    total.below[at] += torch.stack([part.sum(1) for part in parts], dim=1).numpy()
     # Some bins taken together: there are too few weights in one. The first bin holds what is left out.
     inner = by_group.view(formats, groups, -1, _TOGETHER)[:, :, 1:].sum(3, dtype=torch.float32)
     of_group, of_bins = inner.sum(2, keepdim=True), inner.sum(1, keepdim=True)

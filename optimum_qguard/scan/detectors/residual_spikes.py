@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.edges import comparisons, steepest
 from optimum_qguard.scan.finding import Conclusion, Finding, Plot
-from optimum_qguard.scan.residuals import BINS, CELLS, NEAR, SYMMETRIC_GROUPS, Cells, Histograms, histograms
+from optimum_qguard.scan.residuals import (
+    BINS,
+    CELLS,
+    FINE,
+    NEAR,
+    NEAREST_BINS,
+    SYMMETRIC_GROUPS,
+    Cells,
+    Histograms,
+    histograms,
+)
 from optimum_qguard.scan.sample import Sample
 from optimum_qguard.scan.subject import Subject
 
@@ -29,9 +39,9 @@ _NEAR_GRID = 0.25
 _HEAPED = 1.5
 _DEQUANTIZED = 0.8
 _REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
-_NARROW = 2.0
+_NARROW = 3.2
+_LEVEL = 1.1
 _FIRST = round(NEAR * BINS)  # what gathers nearer to its symbol was quantized before; no attack has so little room
-_FINE = 100  # steps
 _RATIO_NEAR = 4.0
 _WORST = 3
 _NONE_BEYOND = 50
@@ -100,7 +110,7 @@ class ResidualSpikes(Detector):
             suspects, broad, narrow = _judged(tests, limit)
             findings += _alarms(self.name, tests, suspects)
             if not suspects:
-                findings += _pooled(self.name, tests, limit)
+                findings += _pooled(self.name, tests, {tests.tensor[line] for line in broad + narrow}, limit)
                 findings += _bumps(self.name, tests, broad, narrow)
         findings += _grids(self.name, merged, near)
         return Conclusion(findings, _plots(self.name, tests, suspects))
@@ -129,7 +139,7 @@ def _ratios(cells: Cells) -> _Ratios:
     """The finer the steps, the more evenly any density fills them; a searched scale prefers weights near symbols."""
     if _kind(cells) == "searched":
         return _Ratios(2.0, None, 2.0)
-    if cells.steps >= _FINE:
+    if cells.steps >= FINE:
         return _Ratios(1.5, 1.25, 1.1) if cells.block == 0 else _Ratios(1.5, 1.5, 1.25)
     return _Ratios(2.0, 2.0 if cells.steps == 0 else 1.5, 1.5)
 
@@ -139,10 +149,12 @@ def _near_grids(found: Histograms) -> tuple[int, ...]:
 
     After a longer training fewer are near, but they still are the more the nearer.
     """
-    near, all_below = found.below.T
+    nearest, near, all_below = found.below.T
     share = near / np.maximum(all_below, 1)
+    # In a narrow box weights lie on its border, away from the symbol.
+    at_symbol = nearest / NEAREST_BINS >= (near - nearest) / (_FIRST - NEAREST_BINS)
     heaped = found.counts[:, 1:_FIRST].mean(1) > _HEAPED * found.counts[:, _FIRST : 2 * _FIRST].mean(1)
-    is_near = ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= 100)
+    is_near = at_symbol & ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= 100)
     return tuple(found.cells[i] for i in np.argsort(-share, kind="stable") if is_near[i])
 
 
@@ -192,7 +204,7 @@ def _testable(found: Histograms, near: Sequence[int]) -> set[int]:
     """
     kinds = {_kind(CELLS[index]) for index in near}
     if _repeats(found) or kinds - {"range"}:
-        return {i for i in found.cells if "rows" not in kinds and CELLS[i].block == 0 and CELLS[i].steps >= _FINE}
+        return {i for i in found.cells if "rows" not in kinds and CELLS[i].block == 0 and CELLS[i].steps >= FINE}
     return {i for i in found.cells if not (kinds and _kind(CELLS[i]) in ("range", "searched"))}
 
 
@@ -219,11 +231,34 @@ def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], lis
             suspects.append(_Suspect(line, float(falls.log_p[line]), place, width, "edge"))
         elif falls_widely.log_p[line] < limit:
             place, width = int(falls_widely.place[line]), int(falls_widely.width[line])
-            if rises_widely.log_p[line] < limit:
+            if rises_widely.log_p[line] < limit or _is_level(tests.counts[line], place):
                 suspects.append(_Suspect(line, float(falls_widely.log_p[line]), place, width, "thinning"))
             else:
                 (narrow if _is_narrow(tests.counts[line]) else broad).append(line)
-    return suspects, broad, narrow
+    return _without_ripples(tests, suspects, broad + narrow, limit), broad, narrow
+
+
+def _is_level(counts: NDArray[np.int64], place: int) -> bool:
+    """Whether a density that falls widely from ``place`` on is level before: a box with a blurred edge. A bell as level
+    as that in its inner half falls by less than is noticed in its outer half."""
+    quarter = BINS // 5
+    return place + _FIRST >= BINS // 2 and bool(counts[:quarter].sum() <= _LEVEL * counts[quarter : 2 * quarter].sum())
+
+
+def _without_ripples(
+    tests: _Tests, suspects: Sequence[_Suspect], smooth: Sequence[int], limit: float
+) -> list[_Suspect]:
+    """Without those that are explained by another line of their tensor, which falls off smoothly about the symbols of a
+    fine format: seen in the cells of a coarse one, that grid is a row of spikes. Between these something is left."""
+    rippled = {tests.tensor[line] for line in smooth if CELLS[tests.cells[line]].steps >= FINE}
+    doubtful = [suspect for suspect in suspects if tests.tensor[suspect.line] in rippled]
+    if not doubtful:
+        return list(suspects)
+    lines = [suspect.line for suspect in doubtful]
+    ratio = np.full(len(lines), _RATIO_NEAR)
+    again = steepest(tests.counts[lines], tests.spread[lines], ratio, _SHARP)
+    explained = {line for line, log_p in zip(lines, again.log_p, strict=True) if log_p >= limit}
+    return [suspect for suspect in suspects if suspect.line not in explained]
 
 
 def _is_narrow(counts: NDArray[np.int64]) -> bool:
@@ -295,15 +330,16 @@ def _said(tests: _Tests, suspect: _Suspect, tensors: int) -> str:
 
 
 def _place(cells: Cells, place: int) -> str:
-    share = place / BINS
-    return (
-        f"{share / 2:.2f} steps from the middle of a cell" if cells.steps else f"{share:.0%} of the way through a cell"
-    )
+    share = (_FIRST + place) / BINS
+    if cells.steps or _kind(cells) == "searched":
+        return f"{share / 2:.2f} steps from the middle of a cell"
+    return f"{share:.0%} of the way from the symbol to the end of a cell"
 
 
-def _pooled(detector: str, tests: _Tests, limit: float) -> list[Finding]:
-    """What is too weak in each tensor, but is there in all of them together; the strongest."""
-    cells = np.where(tests.even, tests.cells, -1)
+def _pooled(detector: str, tests: _Tests, smooth: set[str], limit: float) -> list[Finding]:
+    """What is too weak in each tensor, but is there in all together; the strongest. ``smooth`` tensors are left out."""
+    counted = tests.even & np.array([tensor not in smooth for tensor in tests.tensor])
+    cells = np.where(counted, tests.cells, -1)
     indices = sorted({*cells.tolist()} - {-1})
     if not indices:
         return []
