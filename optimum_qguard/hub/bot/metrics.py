@@ -24,7 +24,7 @@ class _Jobs(Collector):
         for state in STATES:
             jobs.add_metric([state], self._queue.count(state))
         yield jobs
-        verdicts = CounterMetricFamily("qguard_bot_verdicts", "Commits that were scanned, by verdict.", labels=["verdict"])
+        verdicts = CounterMetricFamily("qguard_bot_verdicts", "Commits scanned, by verdict.", labels=["verdict"])
         for verdict, count in self._queue.verdicts().items():
             verdicts.add_metric([verdict], count)
         yield verdicts

@@ -63,7 +63,7 @@ class Poster:
         return self._propose_card(report) if self._write == "card" else self._open_discussion(report)
 
     def _find(self, repository: str, commit: str) -> str | None:
-        for discussion in self._api.get_repo_discussions(repository):
+        for discussion in self._api.get_repo_discussions(repository, author=self.user):
             if discussion.author != self.user or not message.is_title(discussion.title, commit):
                 continue
             details = self._api.get_discussion_details(repository, discussion.num)

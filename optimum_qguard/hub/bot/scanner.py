@@ -67,9 +67,7 @@ class ScanProcess:
         self._connection: Connection | None = None
         self._scans = 0
 
-    def scan(
-        self, repository: str, revision: str, *, full: bool, anonymous: bool, stop: threading.Event
-    ) -> ScanReport:
+    def scan(self, repository: str, revision: str, *, full: bool, anonymous: bool, stop: threading.Event) -> ScanReport:
         """Scan a commit of a Hub repository.
 
         Args:
@@ -165,9 +163,9 @@ def _answer(repository: str, revision: str, full: bool, anonymous: bool, token: 
 
     from optimum_qguard.scan.scanner import scan
 
-    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = anonymous
-    os.environ.pop("HF_TOKEN", None)
-    if token is not None and not anonymous:
+    # Not the one that a user of this machine has saved either.
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = anonymous or token is None
+    if token is not None:
         os.environ["HF_TOKEN"] = token
     try:
         report = scan(repository, revision=revision, full=full)
