@@ -10,6 +10,7 @@ from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.hub.bot.errors import BotError
 from optimum_qguard.scan.errors import ScanError
+from optimum_qguard.scan.escape import printable
 
 _SAY_WHAT_TO_DO = (
     AttackError,
@@ -29,8 +30,7 @@ _LONGEST = 1500
 
 def one_line(error: Exception) -> str:
     """What is wrong and what to do, in one line."""
-    words = " ".join(str(error).split())
-    message = "".join(letter if letter.isprintable() else "?" for letter in words)  # names in files may hold anything
+    message = printable(" ".join(str(error).split()))
     if isinstance(error, _SAY_WHAT_TO_DO) and message:
         return message
     if len(message) > _LONGEST:

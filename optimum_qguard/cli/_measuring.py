@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from optimum_qguard.evaluate.errors import EvaluationError
 
 
-def comma_separated(given: str) -> tuple[str, ...]:
-    """The names in it, each once."""
-    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-
-
 def sources(given: Sequence[str]) -> dict[str, str]:
     """Data sets by task, from ``TASK=SOURCE``.
 

@@ -53,8 +53,9 @@ def command(
 
     A format whose quantizer refuses the model is a row that says so. Nothing is written but the plot.
     """
+    from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json, progress_bar
-    from optimum_qguard.cli._measuring import comma_separated, sources
+    from optimum_qguard.cli._measuring import sources
     from optimum_qguard.evaluate.collapse import collapse
     from optimum_qguard.evaluate.heat_map import plot_heat_map
     from optimum_qguard.guard.plots import check_plot

@@ -47,8 +47,9 @@ def command(
 
     Nothing is written. Tasks that look at answers ask everyday prompts; --tasks says what is measured.
     """
+    from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json
-    from optimum_qguard.cli._measuring import comma_separated, sources
+    from optimum_qguard.cli._measuring import sources
     from optimum_qguard.evaluate.evaluation import check_options, check_tasks
 
     names = comma_separated(tasks)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 """From least to most. Warnings and errors make a repository suspicious; a note never does."""
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_encodable)]
+"""Words that may hold names from files, and those may hold halves of characters, which no report can."""
 
 
 class Finding(BaseModel):
@@ -28,13 +36,13 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: str
+    detector: Text
     severity: Severity
-    message: str
-    tensor: str | None = None
-    file: str | None = None
-    format: str | None = None
-    statistic: str | None = None
+    message: Text
+    tensor: Text | None = None
+    file: Text | None = None
+    format: Text | None = None
+    statistic: Text | None = None
     value: float | None = None
     expected: float | None = None
     p_value: float | None = None
@@ -52,11 +60,11 @@ class Plot(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: str
-    title: str
+    detector: Text
+    title: Text
     kind: Literal["bars", "line"]
-    x_label: str
-    y_label: str
+    x_label: Text
+    y_label: Text
     x: list[float]
     y: list[float]
     expected: list[float] | None = None
