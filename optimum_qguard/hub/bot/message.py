@@ -105,9 +105,10 @@ def _text(text: str) -> str:
     printable = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     if len(printable) > _LONGEST_MESSAGE:
         printable = f"{printable[:_LONGEST_MESSAGE]} …"
-    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", printable)
-    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
-    return re.sub(r"(?i)(https?|ftp):", r"\1&#58;", re.sub(r"(?i)www\.", "www&#46;", escaped))
+    # Some renderers make links and mentions of what escapes have become, so these are spelt otherwise.
+    defanged = re.sub(r"(?i)(https?|ftp):", r"\1[:]", re.sub(r"(?i)www\.", "www[.]", printable)).replace("@", "[at]")
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", defanged)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _code(name: str) -> str:

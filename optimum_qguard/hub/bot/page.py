@@ -49,7 +49,7 @@ iframe.report { width: 100%; height: 75vh; min-height: 30rem; border: 1px solid 
 
 
 def look() -> dict[str, Any]:
-    """How the page looks, for `gradio.Blocks.launch`; with the reader's own fonts, so none are fetched from elsewhere."""
+    """How the page looks, for `gradio.Blocks.launch`; with the reader's own fonts, so none are fetched."""
     fonts = ["system-ui", "sans-serif"]
     return {"css": CSS, "theme": gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])}
 

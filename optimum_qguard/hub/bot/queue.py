@@ -124,9 +124,7 @@ class JobQueue:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version != _VERSION and (version or tables):
-            raise BotError(
-                f"{path}: is no queue of this version ({_VERSION}); move it away, or give another by --queue"
-            )
+            raise BotError(f"{path}: is no queue of this version ({_VERSION}); move it away or give another --queue")
         self._connection.execute("PRAGMA journal_mode = WAL")
         # A request is answered only once its event is on the disk.
         self._connection.execute("PRAGMA synchronous = FULL")

@@ -54,7 +54,7 @@ class _Answer(BaseModel):
 
 
 class ScanProcess:
-    """One scan at a time, by one thread. The process is started when it is needed, and anew after whatever went wrong."""
+    """One scan at a time, by one thread. The process is started when needed, and anew after whatever went wrong."""
 
     def __init__(self, limits: Limits, token: str | None = None) -> None:
         """
@@ -145,20 +145,21 @@ def _serve(connection: Connection, parent: int, limits: Limits, token: str | Non
         os.chdir(folder)
         import torch
 
-        import optimum_qguard.scan.scanner
+        from optimum_qguard.scan.detectors import detector_names
+        from optimum_qguard.scan.scanner import scan  # noqa: F401  not only at the first scan
 
         torch.set_num_threads(limits.threads)
-        optimum_qguard.scan.scanner.detector_names()  # imports them
+        detector_names()  # imports them
         _limit_memory(limits.memory)
         try:
             connection.send_bytes(b"ready")
             while True:
-                connection.send_bytes(_answer(*connection.recv(), token))
+                connection.send_bytes(_answer(token, *connection.recv()))
         except (EOFError, OSError):
             return
 
 
-def _answer(repository: str, revision: str, full: bool, anonymous: bool, token: str | None) -> bytes:
+def _answer(token: str | None, repository: str, revision: str, full: bool, anonymous: bool) -> bytes:
     from huggingface_hub import constants
 
     from optimum_qguard.scan.scanner import scan

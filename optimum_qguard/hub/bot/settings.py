@@ -57,8 +57,8 @@ class BotSettings:
     def __post_init__(self) -> None:
         if not self.secret:
             raise BotError(
-                f"a webhook secret is needed: set {SECRET_VARIABLE} or give --secret-file, and the same in the webhook's "
-                "settings on the Hub (openssl rand -hex 32 makes one)"
+                f"a webhook secret is needed: set {SECRET_VARIABLE} or give --secret-file, and the same in the "
+                "webhook's settings on the Hub (openssl rand -hex 32 makes one)"
             )
         if len(self.secret) < _SHORTEST_SECRET:
             raise BotError(
