@@ -5,6 +5,7 @@ Nothing is downloaded but the bytes that are asked for, and nothing is believed 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from optimum_qguard.checkpoint.connection import HubConnection
 from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.hub import looks_like_hub_id
+from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
 
 _MOST_FILES = 100_000
 
@@ -126,6 +128,42 @@ class FolderRepository(Repository):
         return self._folder
 
 
+class HubRepository(Repository):
+    """A Hub repository at one commit, read by range requests: nothing but what is asked for is downloaded.
+
+    ``HF_TOKEN`` and the other settings of huggingface_hub count.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        """Find the commit and list its files.
+
+        Raises:
+            CheckpointError: no such repository or revision, no access, no connection, offline mode; more files than a
+                model has, or names that lead out of a folder.
+        """
+        self._connection = HubConnection(repo_id, revision)
+        commit = self._connection.commit
+        files: dict[str, RepositoryFile] = {}
+        for entry in self._connection.entries():
+            name, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
+            if entry.get("type") != "file":
+                continue
+            sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+            if not isinstance(name, str) or type(size) is not int or size < 0:
+                raise CheckpointError(f"{repo_id}: its list of files makes no sense; do not use this repository")
+            files[check_name(name)] = RepositoryFile(name, size, sha256 if isinstance(sha256, str) else None)
+            if len(files) > _MOST_FILES:
+                raise CheckpointError(f"{repo_id}: has more than {_MOST_FILES:,} files, which no model needs")
+        super().__init__(repo_id, commit, files)
+
+    def _read(self, file: str, start: int, length: int) -> bytes:
+        entry = self.files[file]
+        content = self._connection.read(file, start, length, entry.size)
+        if length == entry.size and entry.sha256 and hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{self.name}/{file}: has another SHA-256 than the Hub says; do not use it")
+        return content
+
+
 def open_repository(model: str | Path, *, revision: str | None = None) -> Repository:
     """Open a folder, a file, or a Hub repository (``org/name``, optionally ``org/name@revision``).
 
@@ -136,7 +174,7 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     if path.exists():
         return FolderRepository(path)
     if isinstance(model, str) and looks_like_hub_id(model):
-        raise NotImplementedError(revision)
+        return HubRepository(*split_hub_id(model, revision))
     raise CheckpointError(f"{path}: no such folder or file")
 
 

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One that was answered."""
+    """One that came: ``status`` is 0 until it is answered, and ``sent`` grows while its body is sent."""
 
     method: str
     path: str
-    status: int
-    sent: int
     range: str | None
     authorized: bool
+    status: int = 0
+    sent: int = 0
 
 
 class Refused(Exception):
@@ -79,7 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         self.body = self._read_body()
         self.fault = self.hub.faults.take(f"{self.command} {unquote(self.path)}")
-        self.status, self.sent = 0, 0
+        self.request_log = Request(
+            self.command, unquote(self.path), self.headers.get("Range"), "Authorization" in self.headers
+        )
+        self.hub.requests.append(self.request_log)
         time.sleep(self.fault.delay)
         try:
             if self.fault.drop:
@@ -90,17 +93,6 @@ class Handler(BaseHTTPRequestHandler):
                 self._dispatch(parts.path)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        finally:
-            self.hub.requests.append(
-                Request(
-                    self.command,
-                    unquote(self.path),
-                    self.status,
-                    self.sent,
-                    self.headers.get("Range"),
-                    "Authorization" in self.headers,
-                )
-            )
 
     def _read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -135,30 +127,32 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.fault
         if fault.body is not None:
             pieces = iter([fault.body])
-        self.status = status
+        log = self.request_log
+        log.status = status
         self.send_response(status, HTTPStatus(status).phrase)
         for name, value in ({"Content-Length": str(length)} | headers | fault.headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD" or status in (204, 304):
             return
+        for piece in pieces if fault is NO_FAULT else self._spoilt(pieces):
+            log.sent += len(piece)
+            self.wfile.write(piece)
+
+    def _spoilt(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """What is sent of them before the fault strikes."""
+        fault, sent = self.fault, 0
         for piece in pieces:
-            if fault is not NO_FAULT:
-                for at in range(0, len(piece), fault.piece):
-                    part = piece[at : at + fault.piece]
-                    if fault.cut_after is not None and self.sent + len(part) >= fault.cut_after:
-                        part = part[: fault.cut_after - self.sent]
-                        self.close_connection = True
-                    self.wfile.write(part)
-                    self.sent += len(part)
-                    if self.close_connection and fault.cut_after is not None:
-                        return
-                    time.sleep(fault.drip)
-            else:
-                self.wfile.write(piece)
-                self.sent += len(piece)
-        if fault is not NO_FAULT and (fault.body is not None or "Content-Length" in fault.headers):
-            self.close_connection = True  # the length was a lie
+            for at in range(0, len(piece), fault.piece):
+                part = piece[at : at + fault.piece]
+                if fault.cut_after is not None and sent + len(part) >= fault.cut_after:
+                    self.close_connection = True
+                    yield part[: fault.cut_after - sent]
+                    return
+                sent += len(part)
+                yield part
+                time.sleep(fault.drip)
+        self.close_connection = True  # whatever was said of the length
 
     # Who asks, and for what
 
