@@ -51,10 +51,11 @@ class Repository(ABC):
         self.files: Mapping[str, RepositoryFile] = MappingProxyType(dict(sorted(files.items())))
         self._lock = threading.Lock()
         self._bytes_read = 0
+        self._closed = False
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes `read` has given so far."""
+        """How many bytes have been read of it so far."""
         return self._bytes_read
 
     def read(self, file: str, start: int = 0, length: int | None = None) -> bytes:
@@ -63,13 +64,19 @@ class Repository(ABC):
         Raises:
             CheckpointError: no such file, or it cannot be read, or has changed.
         """
+        if self._closed:
+            raise CheckpointError(f"{self.name}: closed")
         if file not in self.files:
             raise CheckpointError(f"{self.name}: has no file {file}")
         rest = max(self.files[file].size - start, 0)
         content = self._read(file, start, rest if length is None else min(length, rest))
-        with self._lock:
-            self._bytes_read += len(content)
+        self.count(len(content))
         return content
+
+    def count(self, n_bytes: int) -> None:
+        """Add what another process has read of the same repository to `bytes_read`."""
+        with self._lock:
+            self._bytes_read += n_bytes
 
     @abstractmethod
     def _read(self, file: str, start: int, length: int) -> bytes:
@@ -81,7 +88,8 @@ class Repository(ABC):
         return None
 
     def close(self) -> None:
-        """Give back connections."""
+        """Give back connections; nothing can be read any more."""
+        self._closed = True
 
 
 class FolderRepository(Repository):

@@ -67,6 +67,8 @@ def scan_many(
         except Exception as error:
             return failed_report(model, describe(error))
 
+    if single:  # in this thread, so that Ctrl-C ends it at once
+        return [scan_one(models[0])]
     with ThreadPoolExecutor(at_once) as pool:
         futures = {pool.submit(scan_one, model): index for index, model in enumerate(models)}
         reports: dict[int, ScanReport] = {}
