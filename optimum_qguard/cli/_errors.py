@@ -9,10 +9,12 @@ from optimum_qguard.encrypt.errors import EncryptError
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+from optimum_qguard.hub.bot.errors import BotError
 from optimum_qguard.scan.errors import ScanError
 
 _SAY_WHAT_TO_DO = (
     AttackError,
+    BotError,
     CheckpointError,
     EncryptError,
     EvaluationError,
