@@ -12,8 +12,6 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
 from __future__ import annotations
 
 import importlib
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -30,7 +28,6 @@ COMPILED_FROM = 1 << 22
 """Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
 start, half a second once a process."""
 
-_HUGE_PAGES_FROM = 1 << 25  # glibc returns larger ones to the system when they are freed
 _SAMPLED_WEIGHTS = 1 << 14
 
 
@@ -108,7 +105,7 @@ def draw(
             f"{weight.dtype} weights: use method='auto' or 'gaussian'"
         )
     blocks = format.blocks(weight)
-    result = _empty(blocks.shape, dtype or weight.dtype, weight.device)
+    result = torch.empty(blocks.shape, dtype=dtype or weight.dtype, device=weight.device)
     changed = sampled = 0
     if weight.numel():
         grid = format.grid(blocks)
@@ -133,18 +130,6 @@ def draw(
         sampled = blocks[sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``. What the allocator would not keep for the next tensor comes in huge pages where the system has
-    them: the first touch of many small ones takes longer than drawing."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _kernels(numel: int) -> ModuleType | None:

@@ -177,12 +177,3 @@ def test_without_a_folder_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
     values = np.ones(3, np.float32)
     kernels._compiled(double)(values)
     assert values.tolist() == [2, 2, 2]
-
-
-def test_huge_pages_hold_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(64, 256).bfloat16()
-    expected = draw_with(True, weight, get_format("nf4"), "stochastic", 3, torch.float32)
-    monkeypatch.setattr(noise, "_HUGE_PAGES_FROM", 0)
-    drawn = draw_with(True, weight, get_format("nf4"), "stochastic", 3, torch.float32)
-    assert_same(drawn.weight, expected.weight)
-    assert drawn.weight.add_(1).mean() > 0.5
