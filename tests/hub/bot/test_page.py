@@ -44,7 +44,14 @@ def page(browser: sync_api.Browser, bot: BotProcess) -> Iterator[sync_api.Page]:
     opened.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
-    opened.on("request", lambda request: None if request.url.startswith((bot.url, "data:", "blob:", "about:", bot.url.replace("127.0.0.1", "localhost"))) else problems.append(request.url))
+    opened.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith((bot.url, "data:", "blob:", "about:", bot.url.replace("127.0.0.1", "localhost")))
+            else problems.append(request.url)
+        ),
+    )
     opened.goto(bot.url)
     yield opened
     context.close()
@@ -103,7 +110,11 @@ def test_it_fits_a_phone(page: sync_api.Page) -> None:
 def test_nothing_can_be_uploaded(bot: BotProcess) -> None:
     import urllib.request
 
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n' + b"x" * 1000 + b"\r\n--b--\r\n"
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+        + b"x" * 1000
+        + b"\r\n--b--\r\n"
+    )
     request = urllib.request.Request(
         f"{bot.url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"}
     )
