@@ -5,6 +5,7 @@ Nothing is downloaded but the bytes that are asked for, and nothing is believed 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -12,11 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
+from optimum_qguard.checkpoint.connection import HubConnection
 from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.hub import looks_like_hub_id
+from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
+from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
+LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,10 @@ class FolderRepository(Repository):
         try:
             for found in _walk(path) if path.is_dir() else [path]:
                 name = found.relative_to(self._folder).as_posix()
-                if not path.is_dir() or any(found.resolve().is_relative_to(allowed) for allowed in roots):
-                    if found.is_file():
-                        files[name] = RepositoryFile(name, found.stat().st_size)
-                else:
+                if path.is_dir() and not _leads_into(found, roots):
                     self.stray_links.append(name)
+                elif found.is_file():
+                    files[name] = RepositoryFile(name, found.stat().st_size)
                 if len(files) > _MOST_FILES:
                     raise CheckpointError(f"{path}: has more than {_MOST_FILES:,} files; name the model's own folder")
         except OSError as error:
@@ -134,6 +138,42 @@ class FolderRepository(Repository):
         return self._folder
 
 
+class HubRepository(Repository):
+    """A Hub repository at one commit, read by range requests: nothing but what is asked for is downloaded.
+
+    ``HF_TOKEN`` and the other settings of huggingface_hub count.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        """Find the commit and list its files.
+
+        Raises:
+            CheckpointError: no such repository or revision, no access, no connection, offline mode; more files than a
+                model has, or names that lead out of a folder.
+        """
+        self._connection = HubConnection(repo_id, revision)
+        commit = self._connection.commit
+        files: dict[str, RepositoryFile] = {}
+        for entry in self._connection.entries():
+            name, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
+            if entry.get("type") != "file":
+                continue
+            sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+            if not isinstance(name, str) or type(size) is not int or size < 0:
+                raise CheckpointError(f"{repo_id}: its list of files makes no sense; do not use this repository")
+            files[check_name(name)] = RepositoryFile(name, size, sha256 if isinstance(sha256, str) else None)
+            if len(files) > _MOST_FILES:
+                raise CheckpointError(f"{repo_id}: has more than {_MOST_FILES:,} files, which no model needs")
+        super().__init__(repo_id, commit, files)
+
+    def _read(self, file: str, start: int, length: int) -> bytes:
+        entry = self.files[file]
+        content = self._connection.read(file, start, length, entry.size)
+        if length == entry.size and entry.sha256 and hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{self.name}/{file}: has another SHA-256 than the Hub says; do not use it")
+        return content
+
+
 def open_repository(model: str | Path, *, revision: str | None = None) -> Repository:
     """Open a folder, a file, or a Hub repository (``org/name``, optionally ``org/name@revision``).
 
@@ -144,8 +184,24 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     if path.exists():
         return FolderRepository(path)
     if isinstance(model, str) and looks_like_hub_id(model):
-        raise NotImplementedError(revision)
+        return HubRepository(*split_hub_id(model, revision))
     raise CheckpointError(f"{path}: no such folder or file")
+
+
+def read_object(repository: Repository, file: str) -> dict[str, Any]:
+    """A JSON file of a repository.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read.
+    """
+    try:
+        if repository.files[file].size > LARGEST_JSON:
+            raise ValueError("it is too long")
+        return parse_object(repository.read(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
 
 
 def check_name(name: str) -> str:
@@ -161,8 +217,18 @@ def check_name(name: str) -> str:
 
 
 def _walk(folder: Path) -> list[Path]:
+    """All files, and links to folders, which are not followed."""
     found: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent) / name for name in folders if (Path(parent) / name).is_symlink()]
         found += [Path(parent) / name for name in names if not name.startswith(".")]
     return found
+
+
+def _leads_into(path: Path, roots: list[Path]) -> bool:
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    return any(target.is_relative_to(root) for root in roots)
