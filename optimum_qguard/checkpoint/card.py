@@ -23,10 +23,10 @@ _HEADER_BEGIN = re.compile(r"\s*---[ \t]*\r?\n")
 _FRONT_MATTER = re.compile(
     rf"(?P<before>{_HEADER_BEGIN.pattern})(?P<yaml>.*?)(?P<after>^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE
 )
-_TAGS = re.compile(r"^tags[ \t]*:[^\n]*(?:\n(?:[ \t\r#\]-][^\n]*)?)*", re.MULTILINE)
-_LONGEST_TAGS = 1 << 13
 _SECTION_ID = re.compile(r"[a-z0-9-]+")
 _BOM = "\ufeff"
+_TAGS = re.compile(r"^tags[ \t]*:[^\n]*(?:\n(?:[ \t\r#\]-][^\n]*)?)*", re.MULTILINE)
+_LONGEST_TAGS = 1 << 13
 
 
 def merge_card(
@@ -65,21 +65,6 @@ def merge_card(
         raise CheckpointError(f"{path}: {problem}; correct it by hand or remove it") from problem
     if after != before:
         atomic_write(path, after)
-
-
-def card_tags(card: str) -> list[str]:
-    """The tags in a card's YAML header, of which nothing is believed: only this entry is parsed, and one that is broken
-    or longer than tags are has none."""
-    match = _FRONT_MATTER.match(card.removeprefix(_BOM))
-    entry = _TAGS.search(match["yaml"]) if match is not None else None
-    if entry is None or len(entry[0]) > _LONGEST_TAGS:
-        return []
-    try:
-        tags = yaml.safe_load(entry[0])["tags"]
-    except (yaml.YAMLError, RecursionError, TypeError, KeyError, ValueError):
-        return []
-    tags = [tags] if isinstance(tags, str) else tags
-    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 class _CardProblem(Exception):
@@ -187,3 +172,18 @@ def _load(header: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _CardProblem("its YAML header is not a mapping")
     return content
+
+
+def card_tags(card: str) -> list[str]:
+    """The tags in a card's YAML header, of which nothing is believed: only this entry is parsed, and one that is broken
+    or longer than tags are has none."""
+    match = _FRONT_MATTER.match(card.removeprefix(_BOM))
+    entry = _TAGS.search(match["yaml"]) if match is not None else None
+    if entry is None or len(entry[0]) > _LONGEST_TAGS:
+        return []
+    try:
+        tags = yaml.safe_load(entry[0])["tags"]
+    except (yaml.YAMLError, RecursionError, TypeError, KeyError, ValueError):
+        return []
+    tags = [tags] if isinstance(tags, str) else tags
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import looks_like_hub_id
-from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
-LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
 @dataclass(frozen=True)
@@ -142,22 +139,6 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     raise CheckpointError(f"{path}: no such folder or file")
 
 
-def read_object(repository: Repository, file: str) -> dict[str, Any]:
-    """A JSON file of a repository.
-
-    Raises:
-        CheckpointError: it is none, or cannot be read.
-    """
-    try:
-        if repository.files[file].size > LARGEST_JSON:
-            raise ValueError("it is too long")
-        return parse_object(repository.read(file))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
-
-
 def check_name(name: str) -> str:
     """The path of a file in a repository, if it cannot lead out of one.
 
@@ -173,11 +154,15 @@ def check_name(name: str) -> str:
 def _walk(folder: Path) -> list[Path]:
     """All files, and links to folders, which are not followed."""
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent) / name for name in folders if (Path(parent) / name).is_symlink()]
         found += [Path(parent) / name for name in names if not name.startswith(".")]
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error  # what cannot be listed is not silently left out
 
 
 def _leads_into(path: Path, roots: list[Path]) -> bool:

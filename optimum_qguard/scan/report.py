@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
-from optimum_qguard.scan.finding import SEVERITIES, Finding, Line, Plot, Severity
+from optimum_qguard.scan.finding import SEVERITIES, Finding, Plot, Severity, Text
 
 Verdict = Literal["clean", "suspicious", "inconclusive", "skipped"]
 
@@ -25,9 +25,9 @@ class DetectorRun(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Text
     state: Literal["ran", "not run", "failed"]
-    reason: Line | None = None
+    reason: Text | None = None
     tensors: int = 0
     seconds: float = 0.0
 
@@ -75,10 +75,10 @@ class ScanReport(BaseModel):
     schema_version: Literal[1] = 1
     package_version: str = __version__
     created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
-    model: Line
-    revision: Line | None = None
+    model: Text
+    revision: Text | None = None
     verdict: Verdict
-    reason: Line
+    reason: Text
     protection: Literal["encrypted", "guarded"] | None = None
     full: bool = False
     deep: bool = False
