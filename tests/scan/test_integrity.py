@@ -224,11 +224,11 @@ def test_pickles_that_cannot_be_read_leave_it_open(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_bomb_does_not_fill_the_memory(tmp_path: Path) -> None:
     folder = sound(tmp_path / "a")
-    with zipfile.ZipFile(folder / "bomb.pkl", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("data.pkl", "w", force_zip64=True) as stream:
-            stream.write(b"\x80\x04\x8e" + (3 << 30).to_bytes(8, "little"))  # a string of 3 GB
-            for _ in range(1500):
-                stream.write(bytes(1 << 20))
+    archive = zipfile.ZipFile(folder / "bomb.pkl", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("data.pkl", "w", force_zip64=True) as stream:
+        stream.write(b"\x80\x04\x8e" + (3 << 30).to_bytes(8, "little"))  # a string of 3 GB
+        for _ in range(1500):
+            stream.write(bytes(1 << 20))
     assert only(folder).unsettled
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     assert children < MEMORY
