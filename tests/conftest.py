@@ -1,9 +1,11 @@
 """What tests of several verbs need."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,3 +35,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub_server() -> Iterator[HubServer]:
+    """An empty Hub on this machine; processes reach it with its ``environment``."""
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
+    """The same, and it is the Hub of the clients in this process, with a cache of its own."""
+    hub_server.use_here(monkeypatch, tmp_path / "hf-home")
+    return hub_server

@@ -16,6 +16,13 @@ class CheckpointError(ValueError):
 
 
 def printable(text: str) -> str:
-    """One line without anything that a terminal or a log would act on: other letters become ``?``."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in text[: _LONGEST + 1])
+    """``text`` in one line, with what a terminal would obey or could not show (control characters, marks that turn the
+    direction of writing) written as an escape sequence."""
+    line = "".join(
+        letter if letter.isprintable() else letter.encode("ascii", errors="backslashreplace").decode()
+        for letter in text[: _LONGEST + 1].translate(_CONTROLS)
+    )
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}

@@ -6,12 +6,6 @@ import json
 import re
 from typing import Any
 
-from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.repository import Repository
-
-LARGEST_JSON = 16 << 20
-"""Bytes; the index of 100,000 tensors has less."""
-
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BYTES_PER_CONTAINER = 16  # of what models need, at least; an empty list or object takes two, and 64 in memory
 _FREE_CONTAINERS = 10_000
@@ -40,22 +34,6 @@ def parse_object(content: bytes, *, strict: bool = False) -> dict[str, Any]:
     if _SURROGATE.search(content):
         json.dumps(found, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half of a pair
     return found
-
-
-def read_object(repository: Repository, file: str) -> dict[str, Any]:
-    """A JSON file of a repository.
-
-    Raises:
-        CheckpointError: it is none, or cannot be read.
-    """
-    try:
-        if repository.files[file].size > LARGEST_JSON:
-            raise ValueError("it is too long")
-        return parse_object(repository.read(file))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Nothing is downloaded but the bytes that are asked for, and nothing is believed 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -12,11 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
+from optimum_qguard.checkpoint.connection import HubConnection
 from optimum_qguard.checkpoint.errors import CheckpointError
-from optimum_qguard.checkpoint.hub import looks_like_hub_id
+from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
+from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
+LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,11 @@ class Repository(ABC):
         self.files: Mapping[str, RepositoryFile] = MappingProxyType(dict(sorted(files.items())))
         self._lock = threading.Lock()
         self._bytes_read = 0
+        self._closed = False
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes `read` has given so far."""
+        """How many bytes have been read of it so far."""
         return self._bytes_read
 
     def read(self, file: str, start: int = 0, length: int | None = None) -> bytes:
@@ -61,13 +67,19 @@ class Repository(ABC):
         Raises:
             CheckpointError: no such file, or it cannot be read, or has changed.
         """
+        if self._closed:
+            raise CheckpointError(f"{self.name}: closed")
         if file not in self.files:
             raise CheckpointError(f"{self.name}: has no file {file}")
         rest = max(self.files[file].size - start, 0)
         content = self._read(file, start, rest if length is None else min(length, rest))
-        with self._lock:
-            self._bytes_read += len(content)
+        self.count(len(content))
         return content
+
+    def count(self, n_bytes: int) -> None:
+        """Add what another process has read of the same repository to `bytes_read`."""
+        with self._lock:
+            self._bytes_read += n_bytes
 
     @abstractmethod
     def _read(self, file: str, start: int, length: int) -> bytes:
@@ -79,7 +91,8 @@ class Repository(ABC):
         return None
 
     def close(self) -> None:
-        """Give back connections."""
+        """Give back connections; nothing can be read any more."""
+        self._closed = True
 
 
 class FolderRepository(Repository):
@@ -125,6 +138,42 @@ class FolderRepository(Repository):
         return self._folder
 
 
+class HubRepository(Repository):
+    """A Hub repository at one commit, read by range requests: nothing but what is asked for is downloaded.
+
+    ``HF_TOKEN`` and the other settings of huggingface_hub count.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        """Find the commit and list its files.
+
+        Raises:
+            CheckpointError: no such repository or revision, no access, no connection, offline mode; more files than a
+                model has, or names that lead out of a folder.
+        """
+        self._connection = HubConnection(repo_id, revision)
+        commit = self._connection.commit
+        files: dict[str, RepositoryFile] = {}
+        for entry in self._connection.entries():
+            name, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
+            if entry.get("type") != "file":
+                continue
+            sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+            if not isinstance(name, str) or type(size) is not int or size < 0:
+                raise CheckpointError(f"{repo_id}: its list of files makes no sense; do not use this repository")
+            files[check_name(name)] = RepositoryFile(name, size, sha256 if isinstance(sha256, str) else None)
+            if len(files) > _MOST_FILES:
+                raise CheckpointError(f"{repo_id}: has more than {_MOST_FILES:,} files, which no model needs")
+        super().__init__(repo_id, commit, files)
+
+    def _read(self, file: str, start: int, length: int) -> bytes:
+        entry = self.files[file]
+        content = self._connection.read(file, start, length, entry.size)
+        if length == entry.size and entry.sha256 and hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{self.name}/{file}: has another SHA-256 than the Hub says; do not use it")
+        return content
+
+
 def open_repository(model: str | Path, *, revision: str | None = None) -> Repository:
     """Open a folder, a file, or a Hub repository (``org/name``, optionally ``org/name@revision``).
 
@@ -135,8 +184,24 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     if path.exists():
         return FolderRepository(path)
     if isinstance(model, str) and looks_like_hub_id(model):
-        raise NotImplementedError(revision)
+        return HubRepository(*split_hub_id(model, revision))
     raise CheckpointError(f"{path}: no such folder or file")
+
+
+def read_object(repository: Repository, file: str) -> dict[str, Any]:
+    """A JSON file of a repository.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read.
+    """
+    try:
+        if repository.files[file].size > LARGEST_JSON:
+            raise ValueError("it is too long")
+        return parse_object(repository.read(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
 
 
 def check_name(name: str) -> str:

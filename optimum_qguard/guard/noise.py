@@ -6,12 +6,16 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
   (pre-rounding: the quantizer, given values on its own grid, reproduces them). Variance ``step**2 / 6`` on average.
 - *gaussian*: ``w + N(0, sigma**2)``, ``sigma`` the median half-width of the tensor ("Interval-Calibrated Noisy
   Quantization", equations 3 to 5), of the model (equation 4), or a fixed number.
-- *uniform*: ``w + U(-a, a)`` with the same choices for ``a``.
+- *uniform*: ``w + U(-a, a)`` with the same choices for ``a``, or half the width of the weight's own cell: on a grid of
+  equal steps that is unbiased too, as non-subtractive dither is (variance ``step**2 / 6`` after rounding), and it needs
+  no grid that the quantizer is sure to find again.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -22,6 +26,10 @@ from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
 
+COMPILED_FROM = 1 << 22
+"""Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
+start, half a second once a process."""
+
 _SAMPLED_WEIGHTS = 1 << 14
 
 
@@ -31,8 +39,8 @@ class Draw:
 
     Attributes:
         weight: what the quantizer gets, shaped like the original.
-        amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; for
-            stochastic rounding ``None``, the grid decides.
+        amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; ``None``
+            where the grid decides: for stochastic rounding, and for noise of each weight's own half-width.
         share_changed: share of weights that left the cell they were in.
         sampled: how many weights, from all over the tensor, ``share_changed`` was counted on.
     """
@@ -73,6 +81,7 @@ def draw(
     *,
     amplitude: float | None = None,
     half_widths: float | None = None,
+    per_cell: bool = False,
     dtype: torch.dtype | None = None,
     name: str = "tensor",
     scratch: Scratch | None = None,
@@ -85,6 +94,7 @@ def draw(
         stream: the tensor's random bits.
         amplitude: of gaussian or uniform noise, in the weight's units.
         half_widths: the amplitude in units of the tensor's `half_width`, where ``amplitude`` is not given.
+        per_cell: ``half_widths`` is in units of each weight's own half-width instead.
         dtype: of the result; the weight's own by default.
         name: what errors call the tensor.
         scratch: buffers to use; give the same for each tensor of a model.
@@ -104,12 +114,24 @@ def draw(
     if weight.numel():
         grid = format.grid(blocks)
         _check(grid, weight, name)
-        if amplitude is None and half_widths is not None and method != "stochastic":
+        own = per_cell and method != "stochastic"
+        if amplitude is None and half_widths is not None and method != "stochastic" and not own:
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
-        scratch = scratch or Scratch()
-        for part in block_ranges(blocks):
-            values = scratch.like(blocks[part], "values").copy_(blocks[part])
-            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], amplitude, scratch)
+        if amplitude is None and not (own and half_widths is not None) and method != "stochastic":
+            raise ValueError(f"{method} noise needs an amplitude")
+        of_blocks = grid.scale.abs() / 2 * (half_widths or 0) if own and grid.is_uniform else None
+        kernels = _kernels(blocks.numel()) if not own or (of_blocks is not None and method == "uniform") else None
+        if kernels is not None and kernels.can_move(method, grid, blocks):
+            kernels.move(blocks, result, grid, method, stream, amplitude if of_blocks is None else of_blocks)
+        else:
+            scratch = scratch or Scratch()
+            for part in block_ranges(blocks):
+                values = scratch.like(blocks[part], "values").copy_(blocks[part])
+                wide = amplitude if of_blocks is None else of_blocks[part]
+                if own and of_blocks is None:
+                    codes = format.encode(blocks[part], grid[part])
+                    wide = grid[part].half_widths(codes) * (half_widths or 0)
+                result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
         # Odd, because rows that stand at the same place in each attention head are alike.
         sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
         changed = _count_changed(format, grid[sample], blocks[sample], result[sample])
@@ -118,13 +140,23 @@ def draw(
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
 
 
+def _kernels(numel: int) -> ModuleType | None:
+    """`kernels`, where they pay and numba is installed."""
+    if numel < COMPILED_FROM:
+        return None
+    try:
+        return importlib.import_module(f"{__package__}.kernels")
+    except ImportError:
+        return None
+
+
 def _move(
     values: Tensor,
     grid: Grid,
     method: Method,
     stream: RandomStream,
     start: int,
-    amplitude: float | None,
+    amplitude: float | Tensor | None,
     scratch: Scratch,
 ) -> Tensor:
     if method == "stochastic":
@@ -132,12 +164,14 @@ def _move(
         rounded = grid.round_stochastically(values, uniform, scratch)
         # The quantizer must find the same scale again.
         return rounded if grid.keeps_extremes else rounded.lerp_(values, grid.sets_scale(values, scratch))
-    if amplitude is None:
-        raise ValueError(f"{method} noise needs an amplitude")
+    assert amplitude is not None
+    noise = scratch.like(values, "noise")
     if method == "gaussian":
-        return values.add_(stream.normal(start, scratch.like(values, "normal")), alpha=amplitude)
-    uniform = stream.uniform(start, scratch.like(values, "uniform"))
-    return values.add_(uniform.mul_(2).sub_(1), alpha=amplitude)
+        stream.normal(start, noise)
+    else:
+        stream.uniform(start, noise).mul_(2).sub_(1)
+    # Not `add_(alpha=)`, which rounds once or twice depending on the processor.
+    return values.add_(noise.mul_(amplitude))
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

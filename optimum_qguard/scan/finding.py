@@ -15,11 +15,11 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 """From least to most. Warnings and errors make a repository suspicious; a note never does."""
 
 
-def _printable(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) else value
+def _printable(text: Any) -> Any:
+    return printable(text) if isinstance(text, str) else text
 
 
-Text = Annotated[str, BeforeValidator(_printable)]
+Line = Annotated[str, BeforeValidator(_printable)]
 """One printable line, whatever it quotes from a repository: no report sends a terminal anything else."""
 
 
@@ -39,13 +39,13 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: Text
+    detector: Line
     severity: Severity
-    message: Text
-    tensor: Text | None = None
-    file: Text | None = None
-    format: Text | None = None
-    statistic: Text | None = None
+    message: Line
+    tensor: Line | None = None
+    file: Line | None = None
+    format: str | None = None
+    statistic: str | None = None
     value: float | None = None
     expected: float | None = None
     p_value: float | None = None
@@ -63,11 +63,11 @@ class Plot(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: Text
-    title: Text
+    detector: str
+    title: Line
     kind: Literal["bars", "line"]
-    x_label: Text
-    y_label: Text
+    x_label: Line
+    y_label: Line
     x: list[float]
     y: list[float]
     expected: list[float] | None = None

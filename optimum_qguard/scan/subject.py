@@ -14,10 +14,9 @@ import torch
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo, parse_header
-from optimum_qguard.checkpoint.json_object import read_object
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
-from optimum_qguard.checkpoint.repository import Repository
+from optimum_qguard.checkpoint.repository import Repository, read_object
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGEST_READ = 128 << 20

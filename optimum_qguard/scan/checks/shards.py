@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.index import INDEX_SUFFIX, Index, parse_index
-from optimum_qguard.checkpoint.json_object import LARGEST_JSON
-from optimum_qguard.checkpoint.repository import FolderRepository
+from optimum_qguard.checkpoint.repository import LARGEST_JSON, FolderRepository
 from optimum_qguard.scan.finding import Finding, Severity, listed
 from optimum_qguard.scan.subject import Subject
 
