@@ -16,6 +16,8 @@ EXTRAS = (
     "bitsandbytes",
     "torchmetrics",
     "datasets",
+    "numba",
+    "ray",
 )
 
 

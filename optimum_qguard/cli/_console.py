@@ -38,9 +38,10 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, *, quiet: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, with the libraries quiet below it; yields what takes how much is done and of how much.
 
+    Without ``quiet`` the libraries are left alone, and transformers is not imported for that, which takes seconds.
     Until it is told, the bar shows that and how long work goes on. Without a terminal nothing is drawn.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -54,7 +55,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
             redirect_stdout=False,
             redirect_stderr=False,
         ) as bar,
-        quiet_libraries(),
+        quiet_libraries() if quiet else contextlib.nullcontext(),
     ):
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -13,7 +13,9 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -23,6 +25,10 @@ from optimum_qguard.formats import Format, Grid, Scratch, WeightError, block_ran
 from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
+
+COMPILED_FROM = 1 << 22
+"""Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
+start, half a second once a process."""
 
 _SAMPLED_WEIGHTS = 1 << 14
 
@@ -111,17 +117,37 @@ def draw(
         own = per_cell and method != "stochastic"
         if amplitude is None and half_widths is not None and method != "stochastic" and not own:
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
-        scratch = scratch or Scratch()
-        for part in block_ranges(blocks):
-            values = scratch.like(blocks[part], "values").copy_(blocks[part])
-            wide = _own_half_widths(format, grid[part], blocks[part]) * (half_widths or 0.0) if own else amplitude
-            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
+        if amplitude is None and not (own and half_widths is not None) and method != "stochastic":
+            raise ValueError(f"{method} noise needs an amplitude")
+        of_blocks = grid.scale.abs() / 2 * (half_widths or 0) if own and grid.is_uniform else None
+        kernels = _kernels(blocks.numel()) if not own or (of_blocks is not None and method == "uniform") else None
+        if kernels is not None and kernels.can_move(method, grid, blocks):
+            kernels.move(blocks, result, grid, method, stream, amplitude if of_blocks is None else of_blocks)
+        else:
+            scratch = scratch or Scratch()
+            for part in block_ranges(blocks):
+                values = scratch.like(blocks[part], "values").copy_(blocks[part])
+                wide = amplitude if of_blocks is None else of_blocks[part]
+                if own and of_blocks is None:
+                    codes = format.encode(blocks[part], grid[part])
+                    wide = grid[part].half_widths(codes) * (half_widths or 0)
+                result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
         # Odd, because rows that stand at the same place in each attention head are alike.
         sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
         changed = _count_changed(format, grid[sample], blocks[sample], result[sample])
         sampled = blocks[sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
+
+
+def _kernels(numel: int) -> ModuleType | None:
+    """`kernels`, where they pay and numba is installed."""
+    if numel < COMPILED_FROM:
+        return None
+    try:
+        return importlib.import_module(f"{__package__}.kernels")
+    except ImportError:
+        return None
 
 
 def _move(
@@ -138,24 +164,14 @@ def _move(
         rounded = grid.round_stochastically(values, uniform, scratch)
         # The quantizer must find the same scale again.
         return rounded if grid.keeps_extremes else rounded.lerp_(values, grid.sets_scale(values, scratch))
-    if amplitude is None:
-        raise ValueError(f"{method} noise needs an amplitude")
-    if amplitude is None:
-        raise ValueError(f"{method} noise needs an amplitude")
+    assert amplitude is not None
+    noise = scratch.like(values, "noise")
     if method == "gaussian":
-        noise = stream.normal(start, scratch.like(values, "normal"))
+        stream.normal(start, noise)
     else:
-        noise = stream.uniform(start, scratch.like(values, "uniform")).mul_(2).sub_(1)
-    if isinstance(amplitude, Tensor):
-        return values.addcmul_(noise, amplitude)
-    return values.add_(noise, alpha=amplitude)
-
-
-def _own_half_widths(format: Format, grid: Grid, blocks: Tensor) -> Tensor:
-    """Of each weight's cell, broadcastable to ``blocks``."""
-    if grid.is_uniform:
-        return grid.scale.abs() / 2
-    return grid.half_widths(format.encode(blocks, grid))
+        stream.uniform(start, noise).mul_(2).sub_(1)
+    # Not `add_(alpha=)`, which rounds once or twice depending on the processor.
+    return values.add_(noise.mul_(amplitude))
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
-from optimum_qguard.scan.finding import SEVERITIES, Finding, Plot, Severity
+from optimum_qguard.scan.finding import SEVERITIES, Finding, Line, Plot, Severity
 
 Verdict = Literal["clean", "suspicious", "inconclusive", "skipped"]
 
@@ -25,9 +25,9 @@ class DetectorRun(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Line
     state: Literal["ran", "not run", "failed"]
-    reason: str | None = None
+    reason: Line | None = None
     tensors: int = 0
     seconds: float = 0.0
 
@@ -37,6 +37,7 @@ class Coverage(BaseModel):
 
     Attributes:
         tensors, weights, bytes: that the repository's safetensors files hold.
+        tensors_to_scan: that hold weights which are not quantized.
         tensors_scanned, weights_scanned: that detectors looked at.
         bytes_read: from its files, headers included.
     """
@@ -44,6 +45,7 @@ class Coverage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tensors: int = 0
+    tensors_to_scan: int = 0
     tensors_scanned: int = 0
     weights: int = 0
     weights_scanned: int = 0
@@ -75,10 +77,10 @@ class ScanReport(BaseModel):
     schema_version: Literal[1] = 1
     package_version: str = __version__
     created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
-    model: str
-    revision: str | None = None
+    model: Line
+    revision: Line | None = None
     verdict: Verdict
-    reason: str
+    reason: Line
     protection: Literal["encrypted", "guarded"] | None = None
     full: bool = False
     deep: bool = False
@@ -98,6 +100,16 @@ class ScanReport(BaseModel):
         """Whether there is a finding of this severity or a higher one."""
         least = SEVERITIES.index(level)
         return any(SEVERITIES.index(finding.severity) >= least for finding in self.findings)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was to be looked at was, and nothing is left open."""
+        return (
+            self.verdict in ("clean", "suspicious")
+            and self.coverage.tensors_scanned >= self.coverage.tensors_to_scan
+            and not any(run.state == "failed" for run in self.detectors)
+            and not any(finding.unsettled for finding in self.findings)
+        )
 
     def __str__(self) -> str:
         return f"{self.name}: {self.verdict} ({self.reason})"
@@ -121,7 +133,7 @@ def judge(
     raised = [finding for finding in findings if finding.severity != "note"]
     if raised:
         more = f", and {len(raised) - 1} more finding(s)" if len(raised) > 1 else ""
-        return "suspicious", f"{raised[0].message}{more}"
+        return "suspicious", f"{raised[0].message.rstrip('.')}{more}"
     failed = [run for run in detectors if run.state == "failed"]
     if failed:
         return "inconclusive", f"{failed[0].name} failed: {failed[0].reason}"

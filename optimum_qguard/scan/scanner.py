@@ -13,6 +13,7 @@ from optimum_qguard.checkpoint.repository import open_repository
 from optimum_qguard.scan.detector import ALPHA, Detector
 from optimum_qguard.scan.detectors import detector_names, get_detector
 from optimum_qguard.scan.engines import get_engine
+from optimum_qguard.scan.errors import describe
 from optimum_qguard.scan.finding import SEVERITIES, Conclusion
 from optimum_qguard.scan.report import Coverage, DetectorRun, ScanReport, judge
 from optimum_qguard.scan.subject import Subject, read_subject
@@ -101,7 +102,7 @@ def _conclude(detector: Detector, subject: Subject, result: Result, detectors: i
     try:
         return detector.conclude(evidence, subject, ALPHA / detectors)
     except Exception as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return describe(error)
     finally:
         result.seconds[detector.name] += time.perf_counter() - start
 
@@ -113,15 +114,16 @@ def _report(subject: Subject, result: Result, conclusions: dict[str, Conclusion 
     findings = [finding for conclusion in sound for finding in conclusion.findings]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity), reverse=True)
     infos = [tensor.info for tensor in subject.tensors.values()]
+    floats = sum(tensor.is_float and tensor.info.n_elements > 0 for tensor in subject.tensors.values())
     coverage = Coverage(
         tensors=len(infos),
+        tensors_to_scan=floats,
         tensors_scanned=len(result.weights),
         weights=sum(info.n_elements for info in infos),
         weights_scanned=sum(result.weights.values()),
         bytes=sum(file.size for name, file in repository.files.items() if name.endswith(".safetensors")),
         bytes_read=repository.bytes_read,
     )
-    floats = sum(tensor.is_float and tensor.info.n_elements > 0 for tensor in subject.tensors.values())
     verdict, reason = judge(runs, findings, coverage, floats)
     return ScanReport(
         model=repository.name,

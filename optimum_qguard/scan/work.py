@@ -10,6 +10,7 @@ from typing import Any
 
 from optimum_qguard.checkpoint.repository import Repository
 from optimum_qguard.scan.detectors import get_detector
+from optimum_qguard.scan.errors import describe
 from optimum_qguard.scan.sample import samples
 from optimum_qguard.scan.subject import StoredTensor, Subject
 
@@ -96,9 +97,7 @@ def work(task: Task, repository: Repository) -> Result:
                 try:
                     found = detector.examine(sample)
                 except Exception as error:
-                    result.failures[detector.name] = (
-                        f"{tensor.id}: {' '.join(str(error).split()) or type(error).__name__}"
-                    )
+                    result.failures[detector.name] = f"{tensor.id}: {describe(error)}"
                     active.remove(detector)
                     continue
                 finally:

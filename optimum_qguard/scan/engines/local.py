@@ -19,6 +19,9 @@ def run(tasks: Iterable[Task], repository: Repository, workers: int) -> Iterator
         futures = [pool.submit(work, task, repository) for task in tasks]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            repository.close()  # so that those that are at work end soon
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
+from optimum_qguard.scan.escape import json_document
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.writer import register
 
@@ -13,7 +13,7 @@ def write(reports: Sequence[ScanReport]) -> str:
     """See `Writer`."""
     documents = [report.model_dump(mode="json") for report in reports]
     content = documents[0] if len(documents) == 1 else {"reports": documents}
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_document(content)
 
 
 register("json", write)

@@ -1,0 +1,9 @@
+"""Errors of the bot."""
+
+
+class BotError(ValueError):
+    """The bot cannot start, or cannot do what it was asked; the message says what to do."""
+
+
+class ScanFailed(Exception):
+    """A scan that ended without a report; the message says why."""

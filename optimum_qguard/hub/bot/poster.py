@@ -1,0 +1,138 @@
+"""Posts a report on the Hub, once for each commit."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from optimum_qguard.checkpoint.card import CARD_FILE, merge_card
+from optimum_qguard.hub.bot import message
+from optimum_qguard.hub.bot.errors import BotError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from optimum_qguard.scan.report import ScanReport
+
+TAG = "qguard-scanned"
+"""It does not say with what verdict: tags are only ever added to a card, and that may change."""
+
+_SECTION = "scan"
+
+
+class Poster:
+    """Writes as the owner of a token.
+
+    What is on the Hub decides if something has been posted, not the queue: the bot may have been killed between posting
+    and recording it. Only what this user wrote counts, so nobody can keep a report away by writing one like it.
+    """
+
+    def __init__(self, token: str, write: Literal["discussion", "card"]) -> None:
+        """
+        Raises:
+            BotError: the token is not valid, or the Hub cannot be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        self._api: HfApi = HfApi(token=token, library_name="optimum-qguard")
+        self._write = write
+        try:
+            self.user: str = self._api.whoami()["name"]
+        except (HfHubHTTPError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise BotError(f"the Hub does not accept the token in HF_TOKEN, or cannot be reached ({reason})") from error
+
+    def post(self, report: ScanReport) -> str | None:
+        """Post it, unless it has been posted.
+
+        Returns:
+            Where; ``None`` if the card says the same of the same files already.
+
+        Raises:
+            Exception: of the Hub's client; try again later.
+        """
+        commit = report.revision
+        assert commit is not None
+        known = self._find(report.model, commit)
+        if known is not None:
+            return known
+        return self._propose_card(report) if self._write == "card" else self._open_discussion(report)
+
+    def _find(self, repository: str, commit: str) -> str | None:
+        for discussion in self._api.get_repo_discussions(repository, author=self.user):
+            if discussion.author != self.user or not message.is_title(discussion.title, commit):
+                continue
+            details = self._api.get_discussion_details(repository, discussion.num)
+            if any(message.marker(commit) in getattr(event, "content", "") for event in details.events):
+                return str(details.url)
+        return None
+
+    def _open_discussion(self, report: ScanReport) -> str:
+        made = self._api.create_discussion(
+            report.model, title=message.title(report), description=message.discussion(report)
+        )
+        return str(made.url)
+
+    def _propose_card(self, report: ScanReport) -> str | None:
+        from huggingface_hub import CommitOperationAdd
+
+        content = self._fingerprint(report)
+        with tempfile.TemporaryDirectory(prefix="qguard-card-") as name:
+            folder = Path(name)
+            card = folder / CARD_FILE
+            before = self._card(report)
+            if before is not None:
+                card.write_bytes(before)
+                # Merging the pull request makes a commit, which is scanned, and must not end in another one.
+                if message.scanned_content(before.decode(errors="replace")) == (content, report.verdict):
+                    return None
+            merge_card(folder, section_id=_SECTION, markdown=message.card_section(report, content), tags=[TAG])
+            made = self._api.create_commit(
+                report.model,
+                [CommitOperationAdd(CARD_FILE, card.read_bytes())],
+                commit_message=message.title(report),
+                commit_description=message.discussion(report),
+                create_pr=True,
+                parent_commit=report.revision,
+            )
+        return made.pr_url
+
+    def _card(self, report: ScanReport) -> bytes | None:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with tempfile.TemporaryDirectory(prefix="qguard-card-") as folder:
+            try:
+                path = self._api.hf_hub_download(
+                    report.model, CARD_FILE, revision=report.revision, cache_dir=folder, local_dir=None
+                )
+            except EntryNotFoundError:
+                return None
+            return Path(path).read_bytes()
+
+    def _fingerprint(self, report: ScanReport) -> str:
+        """Of all files but the card, from what the Hub says of them."""
+        info = self._api.model_info(report.model, revision=report.revision, files_metadata=True)
+        digest = hashlib.sha256()
+        for file in sorted(info.siblings or [], key=lambda file: file.rfilename):
+            if file.rfilename != CARD_FILE:
+                identity = file.lfs.sha256 if file.lfs is not None else file.blob_id
+                digest.update(f"{file.rfilename}\0{identity}\0".encode())
+        return digest.hexdigest()
+
+
+class Printer:
+    """Stands in for `Poster` in a dry run: prints what would be posted."""
+
+    def __init__(self, write: Literal["discussion", "card"]) -> None:
+        self._what = "a pull request to the card" if write == "card" else "a discussion"
+
+    def post(self, report: ScanReport) -> None:
+        """Print it."""
+        sys.stdout.write(
+            f"Would open {self._what} of {report.model}: {message.title(report)}\n{message.discussion(report)}\n\n"
+        )
+        sys.stdout.flush()
