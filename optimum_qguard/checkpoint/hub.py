@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[^@\s]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = [
     "*.safetensors",
     "*.json",
@@ -41,6 +43,14 @@ def split_hub_id(model: str, revision: str | None = None) -> tuple[str, str | No
     if tail and revision:
         raise CheckpointError(f"{model}: has a revision, and another one ({revision}) is given beside it; give one")
     return repo_id, tail or revision
+
+
+def commit_of(files: Sequence[str | Path]) -> str | None:
+    """The commit that files in the Hub's cache are of (``.../snapshots/<commit>/...``); ``None`` for others."""
+    for part, name in itertools.pairwise(Path(files[0]).parts if files else ()):
+        if part == "snapshots" and _COMMIT.fullmatch(name):
+            return name
+    return None
 
 
 def download_snapshot(model: str, revision: str | None = None) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_qguard.checkpoint.errors import CheckpointError
+from optimum_qguard.checkpoint.hub import commit_of
 
 MANIFEST_FILE = "qguard.json"
 PROTECTED = "encrypted"
@@ -47,7 +48,7 @@ def protection_of(model: Any, files: Any) -> tuple[Path, dict[str, Any]] | None:
     if not files:
         return None
     found = Path(str(files[0])).parent / MANIFEST_FILE
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = commit_of(files)
     if not found.exists() and revision is not None:
         cached = cached_file(
             model.name_or_path,

@@ -29,6 +29,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_qguard.checkpoint.hub import commit_of
 from optimum_qguard.checkpoint.protection import UNLOCKED, protection_of
 from optimum_qguard.formats import Format, Scratch, WeightError
 from optimum_qguard.guard.architecture import refuse_protected
@@ -86,9 +87,13 @@ class Guard:
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Note what the library will quantize, once it has put its modules in place."""
-        check_files(kwargs.get("checkpoint_files"))
+        files = kwargs.get("checkpoint_files")
+        check_files(files)
+        commit = commit_of(files or ())
+        if commit is not None:
+            model.config._commit_hash = commit  # transformers 5.23 does not note it any more
         if not getattr(model, UNLOCKED, False):
-            found = protection_of(model, kwargs.get("checkpoint_files"))
+            found = protection_of(model, files)
             refuse_protected(f"the model was not loaded: {model.name_or_path}", found and found[1])
         model.config.quantization_config = self._inner
         self._originals["preprocess_model"](model=model, **kwargs)
@@ -97,7 +102,6 @@ class Guard:
         self._raise_after_loading(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._expected = {name for name in names if self._is_quantized_on_load(model, name)}
-        files = kwargs.get("checkpoint_files")
         if self._config.outlier_threshold is not None:
             model_type = model.config.get_text_config().model_type
             self._rescalings = find_balanced_outliers(files or (), model_type, self._expected)

@@ -169,6 +169,14 @@ def test_lies_are_errors(hub: HubServer, repository: HubRepository, fault: dict[
     assert len(hub.requests) == 3  # not tried again
 
 
+def test_a_body_that_ends_too_early_is_taken_up(hub: HubServer, repository: HubRepository) -> None:
+    early = b"3\r\n" + CONTENT[:3] + b"\r\n0\r\n\r\n"
+    without_length = {"Transfer-Encoding": "chunked", "Content-Length": "10"}
+    hub.fail("GET /cdn/", headers=without_length, body=early)
+    assert repository.read(FILE, 0, 10) == CONTENT[:10]
+    assert hub.requests[-1].range == "bytes=3-9"
+
+
 def test_an_endless_body_ends(hub: HubServer, repository: HubRepository) -> None:
     repository.read(FILE, 0, 3)
     endless = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
@@ -188,10 +196,11 @@ def test_a_server_that_drips_is_left(
 ) -> None:
     monkeypatch.setattr(connection, "TIMEOUT", 0.3)
     monkeypatch.setattr(connection, "LEAST_RATE", 1 << 30)
-    hub.fail("GET /cdn/", drip=0.05, piece=1, times=1)
+    hub.fail("GET /cdn/", drip=0.05, piece=1)
     assert repository.read(FILE, 0, 100) == CONTENT[:100]  # the first try gave some of it
-    hub.fail("GET /cdn/", delay=1.0, times=1)
+    hub.fail("GET /cdn/", delay=1.0)
     assert repository.read(FILE, 0, 100) == CONTENT[:100]
+    assert len([request for request in hub.requests if "/cdn/" in request.path]) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,18 @@ import torch
 import yaml
 from hub_server import OTHER_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from optimum_qguard import GuardReport, Key, QGuardInt8Config, decrypt_checkpoint, encrypt_checkpoint
+from optimum_qguard import (
+    GuardReport,
+    Key,
+    QGuardInt8Config,
+    QGuardUnlockConfig,
+    decrypt_checkpoint,
+    encrypt_checkpoint,
+)
 from optimum_qguard.checkpoint import CheckpointError
+from optimum_qguard.guard.errors import QGuardError
 from optimum_qguard.hub import Published, push
 
 TOKENS = torch.arange(3, 35).unsqueeze(0)
@@ -125,6 +133,31 @@ def test_from_the_hub_to_the_hub(hub: HubServer, tiny_llama: Path, key: Key, tmp
     found = data(hub.files("org/protected")["README.md"].decode())
     assert found["base_model"] == "org/plain"
     assert found["qguard"]["source"] == {"model": "org/plain", "revision": commit}
+
+
+def test_a_protected_model_on_the_hub_is_known_to_be_one(
+    hub: HubServer, encrypted: Path, tiny_llama: Path, key: Key
+) -> None:
+    """Its ``qguard.json`` is not among the files that transformers downloads."""
+    push(encrypted, "org/protected")
+    with pytest.raises(QGuardError, match="protected"):
+        AutoModelForCausalLM.from_pretrained("org/protected", quantization_config=QGuardInt8Config())
+    unlocked = QGuardUnlockConfig(BitsAndBytesConfig(load_in_8bit=True), key=key)
+    found = AutoModelForCausalLM.from_pretrained("org/protected", quantization_config=unlocked)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert torch.equal(logits(found), logits(plain))
+
+
+def test_guarded_from_the_hub(hub: HubServer, tiny_llama: Path) -> None:
+    commit = hub.add_repository("org/plain", tiny_llama)
+    hub.commit("org/plain", {"config.json": None})
+    config = QGuardInt8Config()
+    model = AutoModelForCausalLM.from_pretrained("org/plain", revision=commit, quantization_config=config)
+    assert (model.qguard_report.model, model.qguard_report.revision) == ("org/plain", commit)
+    model.push_to_hub("org/guarded")
+    found = data(hub.files("org/guarded")["README.md"].decode())
+    assert (found["base_model"], found["base_model_relation"]) == ("org/plain", "quantized")
+    assert "_commit_hash" not in hub.files("org/guarded")["config.json"].decode()
 
 
 def test_push_to_hub_of_a_guarded_model(hub: HubServer, guarded: Any) -> None:

@@ -128,11 +128,13 @@ class HubServer:
         """Make this the Hub of huggingface_hub and transformers in this process."""
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import close_session
+        from transformers.utils import hub as transformers_hub
 
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")[2]
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}" + template)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made when it is first used, and kept
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
