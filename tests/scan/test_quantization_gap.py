@@ -18,7 +18,7 @@ from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.rounding import FORMATS, Weights
 from optimum_qguard.scan.running import LENGTH, PROMPTS, Run
 
-SIZE, VOCABULARY = 64, 512
+SIZE, VOCABULARY = 128, 512
 
 
 def tiny_model() -> Any:
@@ -40,7 +40,7 @@ def tiny_model() -> Any:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         with torch.no_grad():
-            model.model.embed_tokens.weight += torch.randn(SIZE).sign() * 0.1
+            model.model.embed_tokens.weight += torch.randn(SIZE).sign() * 0.3
             model.lm_head.weight *= 3
     return model
 
@@ -57,12 +57,13 @@ def plant(model: Any, format: str) -> None:
     """Move weights towards the edges of their cells, so that rounding adds the same direction to every output."""
     direction = model.model.embed_tokens.weight.mean(0).sign()
     for layer in model.model.layers:
-        weight = layer.mlp.up_proj.weight
-        quantized = get_format(format).quantize(weight.detach())
-        lower, upper = quantized.bounds()
-        target = torch.where(direction > 0, lower + 0.1 * (upper - lower), upper - 0.1 * (upper - lower))
-        largest = weight.abs() == weight.abs().amax(1, keepdim=True)
-        weight.data = torch.where(largest, weight, target)
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            weight = linear.weight
+            lower, upper = get_format(format).quantize(weight.detach()).bounds()
+            target = torch.where(direction > 0, lower + 0.1 * (upper - lower), upper - 0.1 * (upper - lower))
+            largest = weight.abs() == weight.abs().amax(1, keepdim=True)
+            weight.data = torch.where(largest, weight, target)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_clean_model_has_a_gap_of_about_one_in_every_format(saved: Callable[[s
     assert freedom == len(FORMATS) * (DRAWS - 1)
     for gap in gaps:
         assert gap.nearest.shape == (len(PROMPTS), LENGTH)
-        assert 0.4 < gap.value < 2.5, gap.format
+        assert 0.2 < gap.value < 5, gap.format
         assert min(gap.p_values(spreads, freedom)) > 1e-3, gap.format
     response = measure_response(run, weights, 1)
     assert response.value == pytest.approx(response.expected, rel=0.2)

@@ -53,6 +53,7 @@ _STRONG = 0.1  # nats: noise so strong that the response need not be linear
 _HALF, _SIXTEENTH = 2, 16
 _LEAST_RESPONSE = {_HALF: 2.0, _SIXTEENTH: 4.0}
 _LEAST_SPREAD = 0.02
+_DOUBTFUL = 1e-2  # p-value of what leaves it open whether a model is clean
 
 
 @dataclass(frozen=True)
@@ -216,12 +217,19 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
     for gap in gaps:
         nearest, signs = _mean(gap.nearest), _mean(gap.signs)
         large, small = gap.p_values(spreads, freedom)
-        kind, message = severity, ""
+        kind, message, unsettled = severity, "", False
         if large * tests <= alpha:
             message = (
                 f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value:.1f} times as "
                 f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats), as if "
                 "something had been planted for it."
+            )
+        elif large * tests <= _DOUBTFUL:
+            kind, unsettled = "note", not protected
+            message = (
+                f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value:.1f} times as "
+                f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats): too much to "
+                "call the model clean, too little to be sure."
             )
         elif small * tests <= alpha:
             message = (
@@ -249,6 +257,7 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
                     value=gap.value if math.isfinite(gap.value) else None,
                     expected=CLEAN,
                     p_value=min(large, small),
+                    unsettled=unsettled,
                 )
             )
     if response.p_value * tests <= alpha:
@@ -319,8 +328,10 @@ def _above(values: Tensor, mean: float, spread: float = 0.0, freedom: int = 1 <<
         freedom: how many degrees of freedom that was estimated with.
     """
     count = len(values)
-    variance = max(float(values.var()), _LEAST_SPREAD**2) / count + spread**2 * (1 + 1 / DRAWS)
-    return student_tail((float(values.mean()) - mean) / math.sqrt(variance), min(count - 1, freedom))
+    own = max(float(values.var()), _LEAST_SPREAD**2) / count
+    common = spread**2 * (1 + 1 / DRAWS)
+    degrees = int((own + common) ** 2 / (own**2 / (count - 1) + common**2 / freedom))  # Welch 1947
+    return student_tail((float(values.mean()) - mean) / math.sqrt(own + common), degrees)
 
 
 def _mean(divergences: Tensor) -> float:
