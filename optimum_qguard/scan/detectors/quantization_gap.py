@@ -228,8 +228,8 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
             kind, unsettled = "note", not protected
             message = (
                 f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value:.1f} times as "
-                f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats): too much to "
-                "call the model clean, too little to be sure."
+                f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats): too much "
+                "to call the model clean, too little to be sure."
             )
         elif small * tests <= alpha:
             message = (
