@@ -69,7 +69,7 @@ class OutlierBlocks(Detector):
         for length, blocks, index in _candidates(rows):
             counts.blocks[length] += len(blocks)
             if len(index):
-                found = find_isolated(blocks[index], index * blocks.shape[1], typical())
+                found = find_isolated(blocks[index], index * blocks.shape[1], typical)
                 if found is not None:
                     gap = torch.minimum(*found.gaps())
                     for least in _GAPS:
