@@ -252,8 +252,8 @@ def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], lis
 
 
 def _is_box(nearer: NDArray[np.int64], counts: NDArray[np.int64], place: int) -> bool:
-    """Whether weights are spread evenly up to an edge at ``place`` with none beyond. Weights that repeat since they lie on
-    some unknown grid have edges too, but anywhere; those that repeat since they were clamped have this."""
+    """Whether weights are spread evenly up to an edge at ``place`` with none beyond. Weights that repeat on an unknown
+    grid have edges too, but anywhere; those that repeat since they were clamped have this."""
     inside = np.concatenate([nearer, counts[: max(0, place - 4)]])
     windows = inside[: len(inside) // _WINDOW * _WINDOW].reshape(-1, _WINDOW).sum(1)
     beyond = counts[place + 2 :]
