@@ -55,6 +55,7 @@ _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
 _OFF_GRID = 0.1  # steps, on average; 0.25 by chance
 _CHUNK = 1 << 15
+_SEARCHED = 256  # block of the K-quants
 _K_QUANT_WEIGHTS = 1 << 13
 _MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
 _LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
@@ -177,15 +178,25 @@ def histograms(sample: Sample) -> Histograms | None:
         *_repeated(rows),
     )
     place = {index: position for position, index in enumerate(chosen)}
-    searched = 0
+    found: dict[int, list[tuple[list[int], Tensor]]] = {}
     scratch = Scratch()
-    for chunk in _chunks(rows):
+    for number, chunk in enumerate(_chunks(rows)):
         spread, coarse = _dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread)
-        with_search = searched < _K_QUANT_WEIGHTS
-        for indices, positions in _positions(chunk, spread, chosen, scratch, coarse=coarse, with_search=with_search):
-            _count(positions, total, [place[index] for index in indices])
-        searched += chunk.numel()
+        # A search takes longer than all else, so each chunk has one K-quant's turn, by where it happens to lie.
+        searched = [index for index in chosen if CELLS[index].block == _SEARCHED]
+        turn = (
+            searched[(sample.first_rows[0] + number) % len(searched)] if searched and number < len(searched) else None
+        )
+        for indices, places in _positions(chunk, spread, chosen, scratch, coarse=coarse, turn=turn):
+            found.setdefault(places.shape[1], []).append((indices, _found(places)))
+        for parts in found.values():
+            _add(
+                total,
+                [place[index] for indices, _ in parts for index in indices],
+                torch.cat([part for _, part in parts]),
+            )
+        found.clear()
     return total
 
 
@@ -263,7 +274,7 @@ def _leave_out_repeated(rows: Tensor, spread: Tensor) -> None:
 
 
 def _positions(
-    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, with_search: bool
+    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, turn: int | None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
     (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
@@ -277,11 +288,10 @@ def _positions(
         stored = rows.reshape(-1)[:usable].view(-1, width)
         if not len(blocks):
             continue
-        if block == 256:
-            if with_search:
-                count = max(1, _K_QUANT_WEIGHTS // 256)
-                for index in indices:
-                    yield [index], _searched(stored[:count], blocks[:count], get_format(CELLS[index].format))
+        if block == _SEARCHED:
+            if turn is not None:
+                count = max(1, _K_QUANT_WEIGHTS // _SEARCHED)
+                yield [turn], _searched(stored[:count], blocks[:count], get_format(CELLS[turn].format))
             continue
         low, high = stored.amin(1, keepdim=True).float(), stored.amax(1, keepdim=True).float()
         even = [index for index in indices if CELLS[index].steps]
@@ -390,15 +400,20 @@ def _code_book(format: str) -> Tensor:
     return torch.from_numpy(np.where(inner, np.where(right, place, 2 * BINS - 1 - place), 0).astype(np.int32))
 
 
-def _count(places: Tensor, total: Histograms, at: list[int]) -> None:
-    """Add what `_positions` found of the formats ``at`` these indices of ``total``."""
+def _found(places: Tensor) -> Tensor:
+    """How many are in each place, ``(n_formats, n_groups, 2 * BINS)``; overwrites ``places``."""
     formats, n = places.shape
     groups = max(1, n // GROUP)
     first = torch.arange(0, formats * groups * 2 * BINS, 2 * BINS, dtype=torch.int32).view(formats, groups, 1)
     whole = min(n, groups * GROUP)
     places[:, :whole].view(formats, groups, -1).add_(first)
     places[:, whole:].add_(first[:, -1])
-    found = torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+    return torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+
+
+def _add(total: Histograms, at: list[int], found: Tensor) -> None:
+    """Add what was `_found` of the formats ``at`` these indices of ``total``."""
+    formats, groups, _ = found.shape
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
     below = found[..., BINS:].sum(1)
     total.counts[at] += by_group.sum(1).numpy()
