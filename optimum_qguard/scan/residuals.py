@@ -17,6 +17,7 @@ within 8 steps of zero are looked at, which that moves by at most 1/64 of a step
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +63,8 @@ _MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
 _LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
 _CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
 _LEAST_SIDE = 0.02  # of a code book's cell, as a share of absmax
+
+_KEPT = threading.local()
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def histograms(sample: Sample) -> Histograms | None:
     )
     place = {index: position for position, index in enumerate(chosen)}
     found: dict[int, list[tuple[list[int], Tensor]]] = {}
-    scratch = Scratch()
+    scratch = _scratch()
     for number, chunk in enumerate(_chunks(rows)):
         spread, coarse = _dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread)
@@ -199,6 +202,14 @@ def histograms(sample: Sample) -> Histograms | None:
             )
         found.clear()
     return total
+
+
+def _scratch() -> Scratch:
+    """This thread's, kept from one tensor to the next."""
+    if not hasattr(_KEPT, "scratch"):
+        _KEPT.scratch = Scratch()
+    scratch: Scratch = _KEPT.scratch
+    return scratch
 
 
 def _repeated(rows: Tensor) -> tuple[int, int, NDArray[np.int64]]:
