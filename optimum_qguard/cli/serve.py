@@ -85,8 +85,11 @@ def _run(settings: Any) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("qguard.bot").setLevel(logging.INFO)
     end = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: end.set())
-    with Bot(settings) as bot:
-        typer.echo(f"Page: {bot.url}/  Webhook: {bot.url}{WEBHOOK}  Queue: {settings.queue}", err=True)
-        end.wait()
+    previous = {number: signal.signal(number, lambda *_: end.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Bot(settings) as bot:
+            typer.echo(f"Page: {bot.url}/  Webhook: {bot.url}{WEBHOOK}  Queue: {settings.queue}", err=True)
+            end.wait()
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

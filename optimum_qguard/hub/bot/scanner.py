@@ -144,10 +144,13 @@ def _serve(connection: Connection, parent: int, limits: Limits, token: str | Non
     with tempfile.TemporaryDirectory(prefix="qguard-scan-") as folder:
         os.chdir(folder)
         import torch
+        from huggingface_hub import constants
 
         from optimum_qguard.scan.detectors import detector_names
         from optimum_qguard.scan.scanner import scan  # noqa: F401  not only at the first scan
 
+        # The token that a user of this machine has saved is not for this either.
+        constants.HF_TOKEN_PATH = os.devnull
         torch.set_num_threads(limits.threads)
         detector_names()  # imports them
         _limit_memory(limits.memory)
@@ -160,13 +163,11 @@ def _serve(connection: Connection, parent: int, limits: Limits, token: str | Non
 
 
 def _answer(token: str | None, repository: str, revision: str, full: bool, anonymous: bool) -> bytes:
-    from huggingface_hub import constants
-
     from optimum_qguard.scan.scanner import scan
 
-    # Not the one that a user of this machine has saved either.
-    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = anonymous or token is None
-    if token is not None:
+    if token is None or anonymous:
+        os.environ.pop("HF_TOKEN", None)
+    else:
         os.environ["HF_TOKEN"] = token
     try:
         report = scan(repository, revision=revision, full=full)
