@@ -1,19 +1,30 @@
 """The examples run as they stand."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+def run(name: str, *arguments: object, folder: Path | None = None) -> str:
+    return python(str(EXAMPLES / name), *arguments, folder=folder)
+
+
+def qguard(*arguments: object, folder: Path | None = None) -> str:
+    return python("-c", "import sys; from optimum_qguard.cli import main; sys.exit(main())", *arguments, folder=folder)
+
+
+def python(*arguments: object, folder: Path | None) -> str:
+    command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,6 +52,37 @@ def test_publish_protected(tiny_llama: Path) -> None:
     assert "same outputs: True" in out
     assert "quantized with the key: bitsandbytes" in out
     assert "back, byte for byte" in out
+
+
+def test_scan_model(tiny_llama: Path, tmp_path: Path) -> None:
+    out = run("scan_model.py", tiny_llama, folder=tmp_path)
+    assert f"{tiny_llama}: clean (no detector found anything)" in out
+    assert (tmp_path / "scan.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_github_action(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its command runs, and what is uploaded is what the command writes."""
+    steps = yaml.safe_load((EXAMPLES / "github-action-scan.yml").read_text())["jobs"]["scan"]["steps"]
+    (command,) = (step["run"] for step in steps if step.get("run", "").startswith("qguard scan model "))
+    (upload,) = (step for step in steps if "upload-sarif" in step.get("uses", ""))
+    arguments = command.replace("scan model ", f"scan {tiny_llama} ").split()[1:]
+    assert qguard(*arguments, folder=tmp_path) == f"clean: {tiny_llama}\n"
+    written = json.loads((tmp_path / upload["with"]["sarif_file"]).read_text())
+    assert written["version"] == "2.1.0"
+
+
+def test_pre_commit(tiny_llama: Path, tmp_path: Path) -> None:
+    """pre-commit takes the hook and its configuration; the hook's command runs on a file."""
+    clientlib = pytest.importorskip("pre_commit.clientlib")
+    (hook,) = clientlib.load_manifest(str(EXAMPLES.parent / ".pre-commit-hooks.yaml"))
+    (source,) = clientlib.load_config(str(EXAMPLES / "pre-commit-config.yaml"))["repos"]
+    (wanted,) = source["hooks"]
+    assert wanted["id"] == hook["id"]
+    file = tiny_llama / "model.safetensors"
+    assert re.search(hook["files"], str(file))
+    program, *verb = hook["entry"].split()
+    assert program == "qguard"
+    assert qguard(*verb, *wanted["args"], file).startswith(f"CLEAN         {file}")
 
 
 @pytest.mark.real_model
