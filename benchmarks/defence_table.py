@@ -96,9 +96,10 @@ GAUSSIAN = {"method": "gaussian"}
 CALIBRATION_CHARACTERS = 40_000
 DEFENCES: Mapping[str, Defence] = {
     "no defence": Defence(None, random=False),
-    "stochastic rounding": Defence({"method": "auto"}),  # K-quants of gguf-q4_k_m, which have no fixed grid: Gaussian
+    "stochastic rounding": Defence({"method": "auto"}),  # K-quants of gguf-q4_k_m: uniform, per cell
     "Gaussian, per layer": Defence(GAUSSIAN),
     "uniform, per layer": Defence({"method": "uniform"}),
+    "uniform, per cell": Defence({"method": "uniform", "noise": "per_cell"}),  # the default for gptq-4
     "compensated, own generations": Defence({"compensate": "auto"}, costly=True),
     "compensated, texts": Defence({"compensate": "texts"}, costly=True),
     "Gaussian, half": Defence({**GAUSSIAN, "multiplier": 0.5}, costly=True),
@@ -116,7 +117,13 @@ DEFENCES: Mapping[str, Defence] = {
     "flip high errors": Defence(None, random=False, move=flip),
     "subtract the difference": Defence(None, random=False, move=subtract),
 }
-ON_CLEAN_MODELS = ("no defence", "stochastic rounding", "Gaussian, per layer", "uniform, per layer")
+ON_CLEAN_MODELS = (
+    "no defence",
+    "stochastic rounding",
+    "Gaussian, per layer",
+    "uniform, per layer",
+    "uniform, per cell",
+)
 WITH_ACCURACY = ("no defence", "stochastic rounding", "Gaussian, per layer", "compensated, own generations")
 ACCURATE = "usual"  # the attacker whose models' accuracy is measured
 NO_GRID = ("gptq-4",)

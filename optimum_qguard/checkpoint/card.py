@@ -24,6 +24,10 @@ _FRONT_MATTER = re.compile(
     rf"(?P<before>{_HEADER_BEGIN.pattern})(?P<yaml>.*?)(?P<after>^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE
 )
 _SECTION_ID = re.compile(r"[a-z0-9-]+")
+_SECTION = re.compile(
+    r"<!-- qguard:(?P<id>[a-z0-9-]+) begin -->\r?\n(?P<text>.*?)<!-- qguard:(?P=id) end -->", re.DOTALL
+)
+_RESULTS_KEY = "model-index"
 _BOM = "\ufeff"
 
 
@@ -65,25 +69,190 @@ def merge_card(
         atomic_write(path, after)
 
 
+def merged_cards(present: str, new: str) -> str:
+    """A card with another one's sections, tags and metadata put into it as `merge_card` does; and with the other one's
+    text where it has none of its own.
+
+    Raises:
+        CheckpointError: one of them cannot be edited safely.
+    """
+    if not present.strip():
+        return new
+    try:
+        header, body = _split(new.removeprefix(_BOM))
+        metadata = _load(header or "")
+        tags = metadata.pop("tags", None) or []
+        merged = _with_header(present, [tags] if isinstance(tags, str) else tags, metadata, {}, [], "")
+        if not _split(merged.removeprefix(_BOM))[1].strip():
+            return merged + body
+        for section in _SECTION.finditer(body):
+            merged = _merge(merged, section["id"], section["text"], [], {})
+    except _CardProblem as problem:
+        raise CheckpointError(f"{CARD_FILE}: {problem}; correct it by hand") from problem
+    return merged
+
+
+def described_card(
+    card: str,
+    *,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any],
+    own: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]] = (),
+    model_name: str = "",
+) -> str:
+    """A card with tags, metadata and results in its YAML header. All else stays, byte for byte.
+
+    Args:
+        card: the whole text.
+        tags: appended to the card's tags, each once.
+        metadata: added where the card does not have the key yet.
+        own: added, or put in place of what stands under these keys.
+        results: of an evaluation, as in the ``results`` of ``model-index``; those there that have the same ``source``
+            are replaced, all others stay.
+        model_name: what ``model-index`` calls the model if it is new.
+
+    Raises:
+        CheckpointError: the card cannot be edited safely.
+    """
+    try:
+        return _with_header(card, tags, metadata, own, results, model_name)
+    except _CardProblem as problem:
+        raise CheckpointError(f"{CARD_FILE}: {problem}; correct it by hand") from problem
+
+
 class _CardProblem(Exception):
     """Why a card cannot be edited safely."""
 
 
-def _merge(card: str, section_id: str, markdown: str, tags: Sequence[str], metadata: Mapping[str, Any]) -> str:
-    newline = "\r\n" if "\r\n" in card else "\n"
-    bom = _BOM if card.startswith(_BOM) else ""
-    card = card.removeprefix(_BOM)
+def _newline(card: str) -> str:
+    return "\r\n" if "\r\n" in card else "\n"
+
+
+def _split(card: str) -> tuple[str | None, str]:
+    """YAML header (``None`` if there is none) and text."""
     match = _FRONT_MATTER.match(card)
     if match is not None:
-        header = match["before"] + _merge_header(match["yaml"], tags, metadata, newline) + match["after"]
-        body = card[match.end() :]
-    elif _HEADER_BEGIN.match(card):
+        return match["yaml"], card[match.end() :]
+    if _HEADER_BEGIN.match(card):
         raise _CardProblem("its YAML header has no end")
-    else:
-        header = _merge_header("", tags, metadata, newline)
-        header = f"---{newline}{header}---{newline}{newline}" if header else ""
-        body = card
-    return bom + header + _merge_section(body, section_id, markdown, newline)
+    return None, card
+
+
+def _merge(card: str, section_id: str, markdown: str, tags: Sequence[str], metadata: Mapping[str, Any]) -> str:
+    newline = _newline(card)
+    card = _with_header(card, tags, metadata, {}, [], "")
+    body = _split(card.removeprefix(_BOM))[1]
+    return card[: len(card) - len(body)] + _merge_section(body, section_id, markdown, newline)
+
+
+def _with_header(
+    card: str,
+    tags: Sequence[str],
+    metadata: Mapping[str, Any],
+    own: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    model_name: str,
+) -> str:
+    newline = _newline(card)
+    bom = _BOM if card.startswith(_BOM) else ""
+    card = card.removeprefix(_BOM)
+    present, body = _split(card)
+    header = _merge_header(present or "", tags, metadata, newline)
+    for key, value in own.items():
+        header = _set(header, key, value, newline)
+    if results:
+        header = _add_results(header, results, model_name, newline)
+    if present is None:
+        return bom + (f"---{newline}{header}---{newline}{newline}" if header else "") + body
+    match = _FRONT_MATTER.match(card)
+    assert match is not None
+    return bom + match["before"] + header + match["after"] + body
+
+
+def _set(header: str, key: str, value: Any, newline: str) -> str:
+    """``header`` with a value under a key, in place of the one that is there."""
+    old = _load(header)
+    if key in old and old[key] == value:
+        return header
+    start, stop = _entry(header, key)
+    before = _with_final_newline(header[:start], newline)
+    return _checked(before + _dump({key: value}, newline) + header[stop:], old | {key: value})
+
+
+def _entry(header: str, key: str) -> tuple[int, int]:
+    """Where the lines of a key begin and end; the end of ``header`` twice if it is not there."""
+    root = yaml.compose(header, Loader=yaml.SafeLoader)
+    found = [pair for pair in root.value if pair[0].value == key] if root is not None else []
+    if not found:
+        return len(header), len(header)
+    name, value = found[-1]
+    return _line(header, name.start_mark.index), _line_end(header, max(_end(value), name.end_mark.index))
+
+
+def _end(node: Any) -> int:
+    """Where the text of a node ends; the parser says of a block only where the next thing begins."""
+    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
+        end: int = node.end_mark.index
+        return end
+    last = node.value[-1]
+    return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+
+
+def _line(text: str, at: int) -> int:
+    return text.rfind("\n", 0, at) + 1
+
+
+def _line_end(text: str, at: int) -> int:
+    if at and text[at - 1] == "\n":  # a block scalar's end
+        return at
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end + 1
+
+
+def _add_results(header: str, results: Sequence[Mapping[str, Any]], model_name: str, newline: str) -> str:
+    old = _load(header)
+    index = old.get(_RESULTS_KEY)
+    if index is None or index == []:
+        return _set(header, _RESULTS_KEY, [{"name": model_name, "results": list(results)}], newline)
+    if not (isinstance(index, list) and isinstance(index[0], dict) and isinstance(index[0].get("results"), list)):
+        raise _CardProblem(f"the {_RESULTS_KEY} in its YAML header is no list of models with results")
+    sources = [result["source"] for result in results]
+    ours = [isinstance(item, dict) and item.get("source") in sources for item in index[0]["results"]]
+    if [item for item, mine in zip(index[0]["results"], ours, strict=True) if mine] == list(results):
+        return header
+    kept = [item for item, mine in zip(index[0]["results"], ours, strict=True) if not mine]
+    merged = [{**index[0], "results": [*kept, *results]}, *index[1:]]
+    root = yaml.compose(header, Loader=yaml.SafeLoader)
+    node = next(value for key, value in reversed(root.value) if key.value == _RESULTS_KEY)
+    items = next(value for key, value in node.value[0].value if key.value == "results")
+    if items.flow_style or not kept:
+        return _set(header, _RESULTS_KEY, merged, newline)
+    text = header[: _line_end(header, _end(items.value[-1]))]
+    text = _with_final_newline(text, newline)
+    indent = " " * items.start_mark.column
+    lines = _dump(list(results), newline).splitlines(keepends=True)
+    added = text + "".join(indent + line for line in lines) + header[len(text) :]
+    for item, mine in reversed(list(zip(items.value, ours, strict=True))):
+        if mine:
+            added = added[: _line(added, item.start_mark.index)] + added[_line_end(added, _end(item)) :]
+    return _checked(added, old | {_RESULTS_KEY: merged})
+
+
+def _text_of(metadata: Mapping[str, Any]) -> str:
+    """To compare by, whatever the order of keys: in text NaN equals itself."""
+    return repr(sorted(metadata.items(), key=lambda pair: repr(pair[0])))
+
+
+def _checked(header: str, expected: Mapping[str, Any]) -> str:
+    """``header``, if it means what was intended."""
+    try:
+        kept = _text_of(_load(header)) == _text_of(expected)
+    except _CardProblem:
+        kept = False
+    if not kept:
+        raise _CardProblem("its YAML header is written in a way that cannot be added to")
+    return header
 
 
 def _merge_section(body: str, section_id: str, markdown: str, newline: str) -> str:
@@ -114,14 +283,7 @@ def _merge_header(header: str, tags: Sequence[str], metadata: Mapping[str, Any],
     merged = _insert_tags(header, new_tags, newline) if new_tags else header
     if new_metadata:
         merged = _with_final_newline(merged, newline) + _dump(new_metadata, newline)
-    expected = old | ({"tags": present + new_tags} if new_tags else {}) | new_metadata
-    try:
-        kept = repr(_load(merged)) == repr(expected)  # in text NaN equals itself
-    except _CardProblem:
-        kept = False
-    if not kept:
-        raise _CardProblem("its YAML header is written in a way that cannot be added to")
-    return merged
+    return _checked(merged, old | ({"tags": present + new_tags} if new_tags else {}) | new_metadata)
 
 
 def _insert_tags(header: str, tags: list[str], newline: str) -> str:
@@ -155,8 +317,15 @@ def _with_final_newline(text: str, newline: str) -> str:
     return text if not text or text.endswith("\n") else text + newline
 
 
-def _dump(content: Mapping[str, Any], newline: str) -> str:
-    text: str = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, default_flow_style=False)
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes what occurs twice twice, so that either can be edited."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _dump(content: Mapping[str, Any] | Sequence[Any], newline: str) -> str:
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
     return text.replace("\n", newline)
 
 

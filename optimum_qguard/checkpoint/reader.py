@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite"}
-_SECRET_SUFFIXES = frozenset({".key", ".pem"})
+SECRET_SUFFIXES = frozenset({".key", ".pem"})
 
 
 class CheckpointReader:
@@ -125,7 +125,7 @@ class CheckpointReader:
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or path.is_dir() or is_weight_file(path) or path.suffix in _SECRET_SUFFIXES:
+            if hidden or path.is_dir() or is_weight_file(path) or path.suffix in SECRET_SUFFIXES:
                 continue
             self._inside(relative.as_posix())
             yield PurePosixPath(relative.as_posix())

@@ -27,7 +27,7 @@ def command(
     ],
     method: Annotated[str, typer.Option(help="auto, stochastic, gaussian or uniform.")] = "auto",
     noise: Annotated[
-        str, typer.Option(help="Amplitude of gaussian or uniform noise: per_layer, global or a number.")
+        str, typer.Option(help="Amplitude of gaussian or uniform noise: per_layer, global, per_cell or a number.")
     ] = "per_layer",
     multiplier: Annotated[float, typer.Option(help="Factor on that amplitude.")] = 1.0,
     compensate: Annotated[

@@ -195,7 +195,7 @@ class _Noise:
                     f"{target.name}: {target.format} does not give stochastically rounded {weight.dtype} weights back "
                     "as they were chosen; use method 'auto' or 'gaussian'"
                 )
-        method = "gaussian" if method == "auto" else method
+        method, per_cell = self._config.method_for(known=False, estimated=False)
         drawn = draw(
             weight,
             target.format,
@@ -203,6 +203,7 @@ class _Noise:
             self._stream(target),
             amplitude=None if self._amplitude is None else self._amplitude * self._config.multiplier,
             half_widths=self._config.multiplier,
+            per_cell=per_cell,
             name=target.name,
         )
         return drawn, method

@@ -11,11 +11,14 @@ from transformers import BitsAndBytesConfig, GPTQConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.noise import Method
 from optimum_qguard.guard.outliers import THRESHOLD
 from optimum_qguard.guard.random import SEED_BYTES
 
 QUANT_METHOD = "qguard"
 METHODS = ("auto", "stochastic", "gaussian", "uniform")
+Noise = Literal["per_layer", "global", "per_cell"]
+NOISES: tuple[Noise, ...] = ("per_layer", "global", "per_cell")
 
 
 class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -25,10 +28,11 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantization_config: any configuration of transformers that quantizes while loading, or its dict form.
         method: how rounding is randomized. ``"stochastic"``: unbiased rounding onto the quantizer's own grid;
             ``"gaussian"`` or ``"uniform"``: noise before the quantizer; ``"auto"``: stochastic where the grid is known
-            beforehand, Gaussian elsewhere (and Gaussian where ``noise`` or ``multiplier`` is given).
+            beforehand; uniform per cell where the quantizer searches or calibrates it; Gaussian where the cells are an
+            estimate, and where ``noise`` or ``multiplier`` is given.
         noise: amplitude of Gaussian (standard deviation) or uniform (half range) noise: ``"per_layer"``, the median
-            half-width of each tensor's cells; ``"global"``, the median of those over the model; or a number in the
-            weights' units.
+            half-width of each tensor's cells; ``"global"``, the median of those over the model; ``"per_cell"``, the
+            half-width of each weight's own cell; or a number in the weights' units.
         multiplier: factor on that amplitude.
         compensate: stochastic rounding with error feedback: each weight's rounding error is pushed onto the weights of
             its row that are still to come, weighted by how the layer's inputs go together; as unbiased as without, and
@@ -52,7 +56,7 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantization_config: QuantizationConfigMixin | dict[str, Any],
         *,
         method: Literal["auto", "stochastic", "gaussian", "uniform"] = "auto",
-        noise: Literal["per_layer", "global"] | float = "per_layer",
+        noise: Noise | float = "per_layer",
         multiplier: float = 1.0,
         compensate: Literal["auto"] | Sequence[str] | Any | None = None,
         clip_outliers: Literal["auto"] | float | None = "auto",
@@ -75,8 +79,8 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.method not in METHODS:
             raise QGuardConfigError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(self.noise, str):
-            if self.noise not in ("per_layer", "global"):
-                raise QGuardConfigError(f"noise is {self.noise!r}; choose 'per_layer', 'global' or a number")
+            if self.noise not in NOISES:
+                raise QGuardConfigError(f"noise is {self.noise!r}; choose {', '.join(map(repr, NOISES))} or a number")
         elif not _is_amplitude(self.noise):
             raise QGuardConfigError(f"noise is {self.noise!r}; a fixed amplitude is a finite number, 0 or more")
         if not _is_amplitude(self.multiplier):
@@ -102,6 +106,19 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise QGuardConfigError(
                 f"seed is {self.seed!r}; it is a whole number from 0 to 2**256 - 1 (or hexadecimal digits), or None"
             )
+
+    def method_for(self, *, known: bool, estimated: bool) -> tuple[Method, bool]:
+        """How a tensor's rounding is randomized, and whether its noise is per cell.
+
+        Args:
+            known: whether the quantizer is sure to find the same grid again after pre-rounding.
+            estimated: whether its cells are an estimate.
+        """
+        if self.method != "auto":
+            return self.method, self.noise == "per_cell"
+        if self.has_amplitude or estimated:
+            return "gaussian", self.noise == "per_cell"
+        return ("stochastic", False) if known else ("uniform", True)
 
     @property
     def has_amplitude(self) -> bool:

@@ -6,7 +6,9 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
   (pre-rounding: the quantizer, given values on its own grid, reproduces them). Variance ``step**2 / 6`` on average.
 - *gaussian*: ``w + N(0, sigma**2)``, ``sigma`` the median half-width of the tensor ("Interval-Calibrated Noisy
   Quantization", equations 3 to 5), of the model (equation 4), or a fixed number.
-- *uniform*: ``w + U(-a, a)`` with the same choices for ``a``.
+- *uniform*: ``w + U(-a, a)`` with the same choices for ``a``, or half the width of the weight's own cell: on a grid of
+  equal steps that is unbiased too, as non-subtractive dither is (variance ``step**2 / 6`` after rounding), and it needs
+  no grid that the quantizer is sure to find again.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Draw:
 
     Attributes:
         weight: what the quantizer gets, shaped like the original.
-        amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; for
-            stochastic rounding ``None``, the grid decides.
+        amplitude: standard deviation (gaussian) or half range (uniform) of the noise in the weight's units; ``None``
+            where the grid decides: for stochastic rounding, and for noise of each weight's own half-width.
         share_changed: share of weights that left the cell they were in.
         sampled: how many weights, from all over the tensor, ``share_changed`` was counted on.
     """
@@ -73,6 +75,7 @@ def draw(
     *,
     amplitude: float | None = None,
     half_widths: float | None = None,
+    per_cell: bool = False,
     dtype: torch.dtype | None = None,
     name: str = "tensor",
     scratch: Scratch | None = None,
@@ -85,6 +88,7 @@ def draw(
         stream: the tensor's random bits.
         amplitude: of gaussian or uniform noise, in the weight's units.
         half_widths: the amplitude in units of the tensor's `half_width`, where ``amplitude`` is not given.
+        per_cell: ``half_widths`` is in units of each weight's own half-width instead.
         dtype: of the result; the weight's own by default.
         name: what errors call the tensor.
         scratch: buffers to use; give the same for each tensor of a model.
@@ -104,12 +108,14 @@ def draw(
     if weight.numel():
         grid = format.grid(blocks)
         _check(grid, weight, name)
-        if amplitude is None and half_widths is not None and method != "stochastic":
+        own = per_cell and method != "stochastic"
+        if amplitude is None and half_widths is not None and method != "stochastic" and not own:
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
         scratch = scratch or Scratch()
         for part in block_ranges(blocks):
             values = scratch.like(blocks[part], "values").copy_(blocks[part])
-            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], amplitude, scratch)
+            wide = _own_half_widths(format, grid[part], blocks[part]) * (half_widths or 0.0) if own else amplitude
+            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
         # Odd, because rows that stand at the same place in each attention head are alike.
         sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
         changed = _count_changed(format, grid[sample], blocks[sample], result[sample])
@@ -124,7 +130,7 @@ def _move(
     method: Method,
     stream: RandomStream,
     start: int,
-    amplitude: float | None,
+    amplitude: float | Tensor | None,
     scratch: Scratch,
 ) -> Tensor:
     if method == "stochastic":
@@ -134,10 +140,22 @@ def _move(
         return rounded if grid.keeps_extremes else rounded.lerp_(values, grid.sets_scale(values, scratch))
     if amplitude is None:
         raise ValueError(f"{method} noise needs an amplitude")
+    if amplitude is None:
+        raise ValueError(f"{method} noise needs an amplitude")
     if method == "gaussian":
-        return values.add_(stream.normal(start, scratch.like(values, "normal")), alpha=amplitude)
-    uniform = stream.uniform(start, scratch.like(values, "uniform"))
-    return values.add_(uniform.mul_(2).sub_(1), alpha=amplitude)
+        noise = stream.normal(start, scratch.like(values, "normal"))
+    else:
+        noise = stream.uniform(start, scratch.like(values, "uniform")).mul_(2).sub_(1)
+    if isinstance(amplitude, Tensor):
+        return values.addcmul_(noise, amplitude)
+    return values.add_(noise, alpha=amplitude)
+
+
+def _own_half_widths(format: Format, grid: Grid, blocks: Tensor) -> Tensor:
+    """Of each weight's cell, broadcastable to ``blocks``."""
+    if grid.is_uniform:
+        return grid.scale.abs() / 2
+    return grid.half_widths(format.encode(blocks, grid))
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

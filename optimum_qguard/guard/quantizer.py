@@ -44,7 +44,7 @@ from optimum_qguard.guard.prerounding import Prerounding, full_precision
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
 from optimum_qguard.guard.report import GuardReport, TensorReport
-from optimum_qguard.guard.saving import save_with_report
+from optimum_qguard.guard.saving import push_with_report, save_with_report
 
 build_quantizer = AutoHfQuantizer.from_config
 
@@ -185,6 +185,7 @@ class Guard:
             self._prerounding.close()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
+        model.push_to_hub = partial(push_with_report, model)
 
     def convert(self, tensors: dict[str, Any], model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> Any:
         """Randomize the tensors that the library is about to quantize, then let it."""
@@ -272,8 +273,11 @@ class Guard:
         codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
         if codes is not None:
             return hand_over(weight, format, codes, dtype=dtype, name=name), "compensated"
-        method = self._method(format, weight.dtype)
-        # Per layer there is none yet: `draw` takes the tensor's own half-width.
+        method, per_cell = self._config.method_for(
+            known=self._backend.exact and not self._backend.calibrates and format.fixed_for(weight.dtype),
+            estimated=not self._backend.exact,
+        )
+        # Per layer and per cell there is none yet: `draw` takes half-widths of its own.
         base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
         drawn = draw(
             weight,
@@ -282,6 +286,7 @@ class Guard:
             RandomStream(self._seed, name, self._scratch),
             amplitude=None if method == "stochastic" or base is None else base * self._config.multiplier,
             half_widths=self._config.multiplier,
+            per_cell=per_cell,
             dtype=dtype,
             name=name,
             scratch=self._scratch,
@@ -302,12 +307,6 @@ class Guard:
             weight = rescaling.apply(weight)
         threshold = self._config.outlier_threshold
         return (weight, 0) if threshold is None else clip_outliers(weight, format, threshold, self._scratch)
-
-    def _method(self, format: Format, dtype: torch.dtype) -> Method:
-        if self._config.method != "auto":
-            return self._config.method
-        known = self._backend.exact and format.fixed_for(dtype)
-        return "stochastic" if known and not self._config.has_amplitude else "gaussian"
 
     def _report(self, model: Any) -> GuardReport:
         return GuardReport(

@@ -50,6 +50,8 @@ def assert_guarded_exactly(model: PreTrainedModel, folder: Path, **arguments: An
             tensor.method,
             stream,
             amplitude=tensor.amplitude,
+            half_widths=1.0,
+            per_cell=tensor.amplitude is None,
             dtype=torch.float32 if stochastic else backend.handover_dtype(config, weight),
         )
         assert drawn.share_changed == tensor.share_changed

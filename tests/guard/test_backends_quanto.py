@@ -19,7 +19,7 @@ def test_symbols_are_the_drawn_ones(tiny_llama: Path, name: str, dtype: torch.dt
     config = QGuardConfig(library_config(name))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, dtype=dtype)
     # BF16 cannot hold quanto's int8 grid: see the format.
-    expected = "gaussian" if (name, dtype) == ("quanto-int8", torch.bfloat16) else "stochastic"
+    expected = "uniform" if (name, dtype) == ("quanto-int8", torch.bfloat16) else "stochastic"
     assert {tensor.method for tensor in model.qguard_report.tensors} == {expected}
     assert len(model.qguard_report.tensors) == 14
     assert_guarded_exactly(model, tiny_llama)

@@ -55,7 +55,7 @@ INT4 = {"weight_dtype": torch.int4}
         (Int8WeightOnlyConfig(granularity=PerGroup(64)), "stochastic"),
         (Int8DynamicActivationInt8WeightConfig(), "stochastic"),
         (IntxWeightOnlyConfig(torch.int3, PerAxis(0)), "stochastic"),
-        (IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.ASYMMETRIC), "gaussian"),
+        (IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.ASYMMETRIC), "uniform"),
         (IntxWeightOnlyConfig(torch.int6, PerGroup(128), MappingType.SYMMETRIC_NO_CLIPPING_ERR), "stochastic"),
         (Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)), "stochastic"),
         (Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2), "stochastic"),

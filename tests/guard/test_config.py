@@ -28,7 +28,7 @@ from optimum_qguard.guard.backends import backend_of, preset, preset_names
 from optimum_qguard.guard.errors import QGuardConfigError
 
 AMPLITUDES = st.floats(0, 1e6, allow_nan=False)
-NOISE = st.one_of(st.sampled_from(["per_layer", "global"]), AMPLITUDES)
+NOISE = st.one_of(st.sampled_from(["per_layer", "global", "per_cell"]), AMPLITUDES)
 SEEDS = st.none() | st.integers(0, 2**256 - 1)
 INNER = st.one_of(
     st.builds(BitsAndBytesConfig, load_in_8bit=st.just(True), llm_int8_skip_modules=st.lists(st.text()) | st.none()),

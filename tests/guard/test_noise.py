@@ -247,6 +247,35 @@ def test_stochastic_rounding_refuses_an_unknown_grid() -> None:
         draw_with(random_weight(16, 128, torch.bfloat16), get_format("quanto-int8"), "stochastic")
 
 
+@pytest.mark.parametrize("name", ["gptq-4", "gguf-q4_k", "int8-rowwise"])
+def test_noise_per_cell_reaches_just_to_the_ends_of_each_weights_own_cell(name: str) -> None:
+    if name.startswith("gguf"):
+        pytest.importorskip("libgguf")
+    format = get_format(name)
+    weight = random_weight(64, 512) * torch.logspace(-3, 3, 64)[:, None]  # rows of very different scales
+    moved = draw(weight, format, "uniform", RandomStream(0, "w"), half_widths=1.0, per_cell=True).weight - weight
+    units = moved / format.quantize(weight).half_widths()
+    assert float(units.abs().max()) <= 1.001
+    assert float(units.std()) == pytest.approx(3**-0.5, rel=0.01)
+    spread = units.view(64, -1).std(1)
+    assert float(spread.min()) > 0.9 * 3**-0.5
+
+
+def test_noise_per_cell_is_unbiased_on_a_grid_of_equal_steps() -> None:
+    """Non-subtractive dither of a whole step: the mean of the rounded weight is the weight."""
+    format = get_format("gptq-4")
+    weight = random_weight(8, 128)
+    quantized = format.quantize(weight)
+    blocks, grid = format.blocks(weight), quantized.grid
+    seeds, total = 4000, torch.zeros_like(blocks)
+    for seed in range(seeds):
+        moved = draw(weight, format, "uniform", RandomStream(seed, "w"), half_widths=1.0, per_cell=True).weight
+        total += grid.decode(format.encode(format.blocks(moved), grid))
+    inside = (quantized.block_codes > 1) & (quantized.block_codes < 14)
+    error = (total / seeds - blocks) / grid.scale
+    assert float(error[inside].abs().max()) < 5 * 0.5 / math.sqrt(seeds)
+
+
 def test_noise_needs_an_amplitude() -> None:
     with pytest.raises(ValueError, match="gaussian noise needs an amplitude"):
         draw_with(random_weight(16, 128), get_format("int8-rowwise"), "gaussian")

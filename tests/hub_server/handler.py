@@ -222,6 +222,9 @@ class Handler(BaseHTTPRequestHandler):
     @_route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         errors = card_errors(json.loads(self.body)["content"])
+        if errors and self.headers.get("Accept") == "text/plain":
+            self._send(400, "\n".join(errors).encode(), {"Content-Type": "text/plain"})
+            return
         content = {"errors": [{"message": message} for message in errors], "warnings": []}
         self._json(content, 400 if errors else 200)
 
@@ -363,7 +366,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             path = file["path"]
             mode = "lfs" if is_lfs(path, file["size"]) else "regular"
-            old = {"oid": commit.files[path].oid} if path in commit.files else {}
+            old = {"oid": commit.files[path].etag} if path in commit.files else {}
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | old)
         self._json({"files": answer})
 

@@ -20,7 +20,7 @@ from hub_server import TOKEN, HubServer
 from safetensors.torch import save
 
 SECRET = "correct horse battery staple"
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 class BotProcess:

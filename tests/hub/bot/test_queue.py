@@ -47,7 +47,7 @@ def test_a_commit_is_queued_once_whatever_becomes_of_it(queue: JobQueue) -> None
     assert (done.state, done.verdict, done.url) == ("done", "clean", "https://hub/1")
 
 
-def test_visitors_may_ask_again_and_come_first(queue: JobQueue) -> None:
+def test_visitors_may_ask_again_and_take_turns_with_webhooks(queue: JobQueue) -> None:
     queue.add("org/model", COMMIT)
     first, _ = queue.add("org/model", COMMIT, full=True, origin="page")
     second, new = queue.add("org/model", COMMIT, origin="page")
@@ -58,8 +58,8 @@ def test_visitors_may_ask_again_and_come_first(queue: JobQueue) -> None:
     claimed = [queue.claim() for _ in range(4)]
     assert [None if job is None else (job.id, job.origin) for job in claimed] == [
         (first, "page"),
-        (second, "page"),
         (1, "webhook"),
+        (second, "page"),
         None,
     ]
 
