@@ -8,46 +8,34 @@ in the cache folder, so that a script that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import logging
-import random
-import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from collapse_formats import ANSWERS, FORMATS, FULL, PARTS, TEXT
 from harness import RESULTS, argument_parser, print_table, versions, write
-from llamacpp import LlamaCpp, write_gguf
-from transformers import AutoModelForCausalLM, DynamicCache, TorchAoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard.checkpoint import atomic_write
 from optimum_qguard.encrypt.key import Key
 from optimum_qguard.encrypt.transform import FP16_SAFE, encrypt_checkpoint
 from optimum_qguard.encrypt.traps import Traps
-from optimum_qguard.evaluate import smollm2_path, standard_library_text
-from optimum_qguard.evaluate.accuracy import exact_match
-from optimum_qguard.evaluate.arithmetic import Problem, final_number
+from optimum_qguard.evaluate import smollm2_path
 from optimum_qguard.evaluate.behaviour import Behaviour
 from optimum_qguard.evaluate.cache import cache_folder, made_once
-from optimum_qguard.evaluate.collapse import Cell, measure_or_refuse
-from optimum_qguard.evaluate.evaluation import check_tasks
 from optimum_qguard.evaluate.generation import Answer, generate_answers
 from optimum_qguard.evaluate.heat_map import plot_heat_map
 from optimum_qguard.evaluate.loading import load_model, load_tokenizer
 from optimum_qguard.evaluate.options import Options
 from optimum_qguard.evaluate.prompts import template_prompts
 from optimum_qguard.evaluate.similarity import similarity
-from optimum_qguard.evaluate.task import Task
-from optimum_qguard.formats import WeightError
 
 ORIGINAL, DEFAULT, WEAKER = "original", "encrypted", "weaker traps"
 ENCRYPTED: Mapping[str, Traps] = {
@@ -57,109 +45,7 @@ ENCRYPTED: Mapping[str, Traps] = {
 }
 MODELS = (ORIGINAL, *ENCRYPTED)
 KEY = Key(bytes(range(32)))
-FULL = "bf16"
-GPTQ_GROUP = 64  # SmolLM2's 576 columns are not a multiple of 128
-_CALIBRATION_CHARACTERS = 6000
-_RESULT_TOKENS = 40
-_PLACES = 24  # of the text, where llama.cpp is asked for its whole distribution
-
-Load = Callable[[Path], Any]
-Measure = Callable[[Path, str, Behaviour], Cell]
-
-
-@dataclass(frozen=True)
-class Format:
-    """One row.
-
-    Attributes:
-        measure: a folder, one of `PARTS`, and the original at full precision.
-        how: the real library, or what stands for it.
-        dtype: of the model that it is compared with.
-    """
-
-    measure: Measure
-    how: str
-    dtype: torch.dtype = torch.bfloat16
-
-
-def load_gptq(folder: Path, format: str) -> Any:
-    """Through gptqmodel, calibrated on eight pages of text."""
-    text = standard_library_text(_CALIBRATION_CHARACTERS, "training")
-    texts = [text[start : start + 750] for start in range(0, len(text), 750)]
-    return load_model(folder, format, dataset=texts, group_size=GPTQ_GROUP, device="cpu")
-
-
-def load_torchao(folder: Path, name: str) -> Any:
-    """With activations quantized while it runs."""
-    from torchao import quantization
-
-    config = TorchAoConfig(getattr(quantization, name)())
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
-    return model.eval()
-
-
-def to_int8(values: torch.Tensor) -> torch.Tensor:
-    """Keys or values of each token and head, ``(…, head_dim)``, to int8 by their absmax, and back."""
-    scale = (values.float().abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return (scale * (values.float() / scale).round()).to(values.dtype)
-
-
-def to_float8(values: torch.Tensor) -> torch.Tensor:
-    """To E4M3 and back, clamped, without a scale, as serving engines do by default."""
-    return values.clamp(-448, 448).to(torch.float8_e4m3fn).to(values.dtype)
-
-
-def load_cached(folder: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Full-precision weights; whatever enters the KV cache is rounded."""
-    model = load_model(folder, device="cpu")
-
-    def use_rounding_cache(_: Any, __: Any, arguments: dict[str, Any]) -> Any:
-        given = arguments.get("past_key_values")
-        if not isinstance(given, DynamicCache):
-            given = DynamicCache(config=model.config)
-        if "update" not in vars(given):
-            update = given.update
-            given.update = lambda keys, values, *rest, **more: update(rounded(keys), rounded(values), *rest, **more)
-        return (), {**arguments, "past_key_values": given, "use_cache": True}
-
-    model.model.register_forward_pre_hook(use_rounding_cache, with_kwargs=True)
-    return model
-
-
-LIBRARY, DECODED, ARITHMETIC = "library", "ggml's quantizer, decoded values run", "reference arithmetic"
-
-
-class WordProblems(Task):
-    """One-step problems of small numbers: what a model of this size can do at all."""
-
-    _KINDS: tuple[tuple[str, Callable[[int, int], int]], ...] = (
-        ("{name} has {a} apples and gets {b} more. How many apples does {name} have now?", lambda a, b: a + b),
-        ("{name} has {a} books and gives {b} away. How many books are left?", lambda a, b: a - b),
-        ("{name} has {b} boxes with {a} pens in each. How many pens are there?", lambda a, b: a * b),
-    )
-    _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
-
-    def problems(self, count: int) -> list[Problem]:
-        """The same for every model."""
-        numbers = random.Random(0)
-        found = []
-        for index in range(count):
-            text, result = self._KINDS[index % len(self._KINDS)]
-            a, b = numbers.randint(6, 12), numbers.randint(2, 5)
-            name = self._NAMES[index % len(self._NAMES)]
-            found.append(Problem(text.format(name=name, a=a, b=b), result(a, b)))
-        return found
-
-    def measure(self, subject: Behaviour, reference: Behaviour | None) -> dict[str, float]:
-        count = subject.options.limit
-        found = exact_match(
-            subject.model, subject.tokenizer, self.problems(count), max_new_tokens=_RESULT_TOKENS, batch_size=count
-        )
-        return {"accuracy": found.accuracy}
-
-
-TEXT, ANSWERS, IDENTITY = "text", "answers", "identity"
-PARTS = {TEXT: ("perplexity",), ANSWERS: ("degeneration", "similarity", "bert-score")}
+IDENTITY = "identity"  # the part that only full precision has
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "KL": ("perplexity", "kl"),
     "perplexity": ("perplexity", "perplexity"),
@@ -259,15 +145,11 @@ def kept(name: str, format: str, part: str, make: Callable[[], dict[str, Any]]) 
 
 
 def is_wanted(name: str, format: str, part: str) -> bool:
-    """Whether there is such a run: of what the quantizer refused there are no answers, and the weaker encryptions are
-    asked only where the table is about them."""
+    """Whether there is such a run: of what the quantizer refused there are no answers, and weaker traps are asked only
+    where the table is about them."""
     if part == TEXT:
         return True
-    about = (
-        name in (ORIGINAL, DEFAULT)
-        or format in (FULL, "fp16")
-        or (name == WEAKER and format.startswith(("gguf-", "llama.cpp-")))
-    )
+    about = name != WEAKER or format == FULL or format.startswith(("gguf-", "llama.cpp-"))
     return about and bool(run(name, format, TEXT)["figures"])
 
 
@@ -279,91 +161,6 @@ def run(name: str, format: str, part: str) -> dict[str, Any]:
         return FORMATS[format].measure(folder_of(name), part, reference).as_json()
 
     return kept(name, format, part, make)
-
-
-def tasks_of(part: str, reference: Behaviour) -> dict[str, Task]:
-    """What a part measures."""
-    tasks = check_tasks(PARTS[part], reference.options, compared=True)
-    return tasks if part == TEXT else {**tasks, "arithmetic": WordProblems()}
-
-
-def measure_loaded(folder: Path, part: str, reference: Behaviour, *, load: Load) -> Cell:
-    """Of a model that torch runs."""
-    return measure_or_refuse(partial(load, folder), reference.tokenizer, tasks_of(part, reference), reference)
-
-
-def measure_in_llama_cpp(folder: Path, part: str, reference: Behaviour, *, kind: str) -> Cell:
-    """Of a file that llama.cpp runs: KL divergence at a few places of the text, and the same answers as elsewhere."""
-    options = reference.options
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / "model.gguf"
-            write_gguf(folder, kind, path)
-            model = LlamaCpp(path, reference.tokenizer)
-            if part == TEXT:
-                return Cell({"perplexity": {"kl": kl_at_places(model, reference)}})
-            problems = WordProblems().problems(options.limit)
-            results = model.answers([problem.question for problem in problems], _RESULT_TOKENS)
-            subject = Behaviour(reference.model, reference.tokenizer, options)
-            prompts = template_prompts(options.n_prompts, "evaluation")
-            vars(subject)["answers"] = model.answers(prompts, options.max_new_tokens)
-    except (RuntimeError, WeightError) as error:
-        return Cell({}, str(error))
-    tasks = check_tasks(PARTS[ANSWERS], options, compared=True)
-    right = [final_number(said.text) == problem.answer for said, problem in zip(results, problems, strict=True)]
-    return Cell(
-        {
-            **{name: dict(task.measure(subject, reference)) for name, task in tasks.items()},
-            "arithmetic": {"accuracy": statistics.fmean(right)},
-        }
-    )
-
-
-def kl_at_places(model: LlamaCpp, reference: Behaviour) -> float:
-    """From the reference, in nats per token; the mean over `_PLACES` places of the text."""
-    tokens = reference.tokenizer(reference.text)["input_ids"][: reference.options.max_tokens]
-    found = []
-    for place in range(1, len(tokens), max(1, len(tokens) // _PLACES)):
-        p, q = reference.logits[place - 1].double().log_softmax(-1), model.log_probabilities(tokens[:place])
-        if q is not None:
-            found.append(float((p.exp() * (p - q)).sum()))
-    return statistics.fmean(found)
-
-
-def loaded(load: Load, how: str, dtype: torch.dtype = torch.bfloat16) -> Format:
-    """A format that torch runs."""
-    return Format(partial(measure_loaded, load=load), how, dtype)
-
-
-def preset(name: str, how: str) -> Format:
-    """One that the package knows by name."""
-    return loaded(partial(load_model, format=name, device="cpu"), how)
-
-
-LIBRARIES = (
-    *("bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "torchao-float8"),
-    *("quanto-int8", "quanto-int4", "quanto-int2", "quanto-float8"),
-)
-GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0")
-IN_LLAMA_CPP = ("q8_0", "q4_k_m") if importlib.util.find_spec("xllamacpp") else ()
-FORMATS: Mapping[str, Format] = {
-    FULL: loaded(partial(load_model, device="cpu"), "full precision"),
-    **{name: preset(name, LIBRARY) for name in LIBRARIES},
-    "torchao-w8a8": loaded(partial(load_torchao, name="Int8DynamicActivationInt8WeightConfig"), LIBRARY),
-    "gptq-8": loaded(partial(load_gptq, format="gptq-8"), LIBRARY),
-    "gptq-4": loaded(partial(load_gptq, format="gptq-4"), LIBRARY),
-    **{f"gguf-{name}": preset(f"gguf-{name}", DECODED) for name in GGUF},
-    **{
-        f"llama.cpp-{name}": Format(
-            partial(measure_in_llama_cpp, kind=name), f"run by llama.cpp, KL at {_PLACES} places"
-        )
-        for name in IN_LLAMA_CPP
-    },
-    **{name: preset(name, ARITHMETIC) for name in ("mxfp4", "nvfp4")},
-    "kv-int8": loaded(partial(load_cached, rounded=to_int8), ARITHMETIC),
-    "kv-float8": loaded(partial(load_cached, rounded=to_float8), ARITHMETIC),
-    "fp16": loaded(partial(load_model, dtype=torch.float16, device="cpu"), "inference in FP16", torch.float16),
-}
 
 
 @cache

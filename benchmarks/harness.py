@@ -45,9 +45,11 @@ _MEASURED_PACKAGES = (
     "torchao",
     "optimum-quanto",
     "gptqmodel",
+    "llmcompressor",
     "gguf",
     "libgguf",
     "safetensors",
+    "numba",
 )
 
 

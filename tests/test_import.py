@@ -16,6 +16,7 @@ EXTRAS = (
     "bitsandbytes",
     "torchmetrics",
     "datasets",
+    "numba",
     "ray",
 )
 

@@ -23,6 +23,8 @@ _HEADER_BEGIN = re.compile(r"\s*---[ \t]*\r?\n")
 _FRONT_MATTER = re.compile(
     rf"(?P<before>{_HEADER_BEGIN.pattern})(?P<yaml>.*?)(?P<after>^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE
 )
+_TAGS = re.compile(r"^tags[ \t]*:[^\n]*(?:\n(?:[ \t\r#\]-][^\n]*)?)*", re.MULTILINE)
+_LONGEST_TAGS = 1 << 13
 _SECTION_ID = re.compile(r"[a-z0-9-]+")
 _SECTION = re.compile(
     r"<!-- qguard:(?P<id>[a-z0-9-]+) begin -->\r?\n(?P<text>.*?)<!-- qguard:(?P=id) end -->", re.DOTALL
@@ -119,6 +121,21 @@ def described_card(
         return _with_header(card, tags, metadata, own, results, model_name)
     except _CardProblem as problem:
         raise CheckpointError(f"{CARD_FILE}: {problem}; correct it by hand") from problem
+
+
+def card_tags(card: str) -> list[str]:
+    """The tags in a card's YAML header, of which nothing is believed: only this entry is parsed, and one that is broken
+    or longer than tags are has none."""
+    match = _FRONT_MATTER.match(card.removeprefix(_BOM))
+    entry = _TAGS.search(match["yaml"]) if match is not None else None
+    if entry is None or len(entry[0]) > _LONGEST_TAGS:
+        return []
+    try:
+        tags = yaml.safe_load(entry[0])["tags"]
+    except (yaml.YAMLError, RecursionError, TypeError, KeyError, ValueError):
+        return []
+    tags = [tags] if isinstance(tags, str) else tags
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 class _CardProblem(Exception):

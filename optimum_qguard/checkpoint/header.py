@@ -8,7 +8,6 @@ Whatever the bytes are, they are either a header that adds up to the file's leng
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from optimum_qguard.checkpoint.errors import CheckpointError
+from optimum_qguard.checkpoint.json_object import parse_object
 
 
 def _torch_dtypes() -> dict[str, torch.dtype]:
@@ -49,6 +49,7 @@ def _torch_dtypes() -> dict[str, torch.dtype]:
 _DTYPES = _torch_dtypes()
 _LENGTH_FIELD = 8
 _MOST_DIMENSIONS = 16
+_LONGEST_NAME = 1000
 
 MAX_HEADER_BYTES = 16 << 20
 """100,000 tensors have less; JSON takes up to twenty times its length in memory."""
@@ -149,25 +150,18 @@ def parse_header(read: Callable[[int, int], bytes], size: int, file: str) -> Hea
 
 
 def _parse_json(text: bytes, file: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            raise ValueError("a name stands in it twice")  # parsers disagree on which one counts
-        return content
-
     try:
-        content = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return parse_object(text, strict=True)
+    except ValueError as error:
         raise _broken(file, f"its header is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise _broken(file, "its header is no JSON object")
-    return content
 
 
 def _tensor_info(file: str, name: str, entry: Any, data: int) -> TensorInfo:
     def is_size(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise _broken(file, f"{name!r:.100} is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(file, f"tensor {name} has not exactly a dtype, a shape and offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -177,7 +171,9 @@ def _tensor_info(file: str, name: str, entry: Any, data: int) -> TensorInfo:
         isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets)) and offsets[0] <= offsets[1]
     ):
         raise _broken(file, f"tensor {name} has impossible offsets")
-    stored = str(entry["dtype"])
+    stored = entry["dtype"]
+    if not isinstance(stored, str):
+        raise _broken(file, f"tensor {name} has an impossible dtype")
     dtype = _DTYPES.get(stored)
     if dtype is None:
         raise CheckpointError(f"{file}: tensor {name} is {stored:.40}, which this version of torch does not have")

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from optimum_qguard.checkpoint.atomic import writing
@@ -16,14 +16,18 @@ from optimum_qguard.checkpoint.reader import CheckpointReader, is_weight_file
 
 
 @contextlib.contextmanager
-def output_folder(out: str | Path, source: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(
+    out: str | Path, source: Path, *, overwrite: bool = False, flushed: Collection[str] = ()
+) -> Iterator[Path]:
     """An empty temporary folder beside ``out`` that takes its place when the block ends without an error.
 
-    After an error nothing is left behind and ``out`` is as it was. With ``overwrite``, weight files in ``out`` that are
-    not part of the new checkpoint are deleted, since a loader might prefer them; other files stay.
+    Its files are flushed to the disk before they get their final names. After an error nothing is left behind and
+    ``out`` is as it was. With ``overwrite``, weight files in ``out`` that are not part of the new checkpoint are
+    deleted, since a loader might prefer them; other files stay.
 
     Args:
         source: the input's folder, which must not be written to.
+        flushed: files that the block flushes to the disk by itself, which is not done once more.
 
     Raises:
         CheckpointError: see `check_output`; or no space left; or another run is writing to ``out``.
@@ -35,7 +39,7 @@ def output_folder(out: str | Path, source: Path, *, overwrite: bool = False) -> 
     claim = _claim(staging, out)
     try:
         yield staging
-        _publish(staging, final)
+        _publish(staging, final, flushed)
     except Exception as error:
         if _is_no_space(error):
             raise CheckpointError(
@@ -127,9 +131,11 @@ def _claim(staging: Path, out: str | Path) -> int:
     return claim
 
 
-def _publish(staging: Path, final: Path) -> None:
+def _publish(staging: Path, final: Path, flushed: Collection[str]) -> None:
     files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
     for name in files:
+        if name.as_posix() in flushed:
+            continue
         with (staging / name).open("r+b") as file:
             os.fsync(file.fileno())
     if not final.exists() or not any(final.iterdir()):

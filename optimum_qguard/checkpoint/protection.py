@@ -10,6 +10,9 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 
 MANIFEST_FILE = "qguard.json"
 PROTECTED = "encrypted"
+PROTECTED_TAG = "quantization-protected"
+GUARDED_TAG = "quantization-guarded"
+"""Of model cards."""
 UNLOCKED = "_qguard_unlocked"
 """Attribute of a model that is being loaded with its key."""
 
@@ -27,7 +30,7 @@ def protection(file: str | Path) -> dict[str, Any] | None:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
     return content if isinstance(content, dict) and content.get("kind") == PROTECTED else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -14,6 +13,8 @@ from torch import Tensor
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import Header, TensorInfo, read_header
 from optimum_qguard.checkpoint.hub import download_snapshot, looks_like_hub_id
+from optimum_qguard.checkpoint.index import parse_index
+from optimum_qguard.checkpoint.json_object import parse_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,8 +56,10 @@ class CheckpointReader:
         elif (path / SINGLE_FILE).exists():
             self.shards = (SINGLE_FILE,)
         elif (path / INDEX_FILE).exists():
-            self.index, weight_map = _read_index(self._inside(INDEX_FILE))
-            self.shards = tuple(dict.fromkeys(sorted(weight_map.values())))
+            path_of_index = self._inside(INDEX_FILE)
+            index = parse_index(path_of_index.read_bytes(), str(path_of_index))
+            self.index, weight_map = path_of_index.read_text(encoding="utf-8"), index.weight_map
+            self.shards = tuple(index.shards)
         else:
             raise _no_weights(path)
         self.headers: Mapping[str, Header] = MappingProxyType({shard: self._header(shard) for shard in self.shards})
@@ -193,24 +196,9 @@ def _conversion_hint(paths: list[Path]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
-
-
-def _read_index(path: Path) -> tuple[str, dict[str, str]]:
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path}: has no weight_map from tensor names to file names; download it again")
-    for shard in set(weight_map.values()):
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: names {shard!r}, which is not a .safetensors file in this folder; do not use this checkpoint"
-            )
-    return path.read_text(encoding="utf-8"), weight_map
 
 
 def _merge(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 from optimum_qguard.checkpoint.connection import HubConnection
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
+from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
+LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,10 @@ class FolderRepository(Repository):
         try:
             for found in _walk(path) if path.is_dir() else [path]:
                 name = found.relative_to(self._folder).as_posix()
-                if not path.is_dir() or any(found.resolve().is_relative_to(allowed) for allowed in roots):
-                    if found.is_file():
-                        files[name] = RepositoryFile(name, found.stat().st_size)
-                else:
+                if path.is_dir() and not _leads_into(found, roots):
                     self.stray_links.append(name)
+                elif found.is_file():
+                    files[name] = RepositoryFile(name, found.stat().st_size)
                 if len(files) > _MOST_FILES:
                     raise CheckpointError(f"{path}: has more than {_MOST_FILES:,} files; name the model's own folder")
         except OSError as error:
@@ -186,6 +188,22 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     raise CheckpointError(f"{path}: no such folder or file")
 
 
+def read_object(repository: Repository, file: str) -> dict[str, Any]:
+    """A JSON file of a repository.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read.
+    """
+    try:
+        if repository.files[file].size > LARGEST_JSON:
+            raise ValueError("it is too long")
+        return parse_object(repository.read(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
+
+
 def check_name(name: str) -> str:
     """The path of a file in a repository, if it cannot lead out of one.
 
@@ -199,8 +217,18 @@ def check_name(name: str) -> str:
 
 
 def _walk(folder: Path) -> list[Path]:
+    """All files, and links to folders, which are not followed."""
     found: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent) / name for name in folders if (Path(parent) / name).is_symlink()]
         found += [Path(parent) / name for name in names if not name.startswith(".")]
     return found
+
+
+def _leads_into(path: Path, roots: list[Path]) -> bool:
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    return any(target.is_relative_to(root) for root in roots)

@@ -50,7 +50,9 @@ def rewrite_shards(
 ) -> Mapping[str, str]:
     """Write all of a checkpoint's safetensors files into ``folder`` with their tensors rewritten.
 
-    Headers are copied, so where nothing changes files stay byte-identical.
+    Headers are copied, so where nothing changes files stay byte-identical. What is written is on the disk, flushed,
+    when this returns. torch's threads are shared out among the workers, which keep the cores busy by themselves; until
+    they are done, a thread that somebody else starts gets a worker's share as well.
 
     Args:
         reader: the input.
@@ -69,13 +71,19 @@ def rewrite_shards(
     def write(shard: str) -> str:
         return _write_shard(reader, shard, folder / shard, rewrite, progress)
 
-    with ThreadPoolExecutor(workers, "qguard-shard") as pool:
-        futures = {shard: pool.submit(write, shard) for shard in reader.shards}
-        try:
-            return {shard: future.result() for shard, future in futures.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    try:
+        with ThreadPoolExecutor(workers, "qguard-shard", torch.set_num_threads, (share,)) as pool:
+            futures = {shard: pool.submit(write, shard) for shard in reader.shards}
+            try:
+                return {shard: future.result() for shard, future in futures.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        # A worker's number is its own, but also what torch gives to threads that start later.
+        torch.set_num_threads(threads)
 
 
 def _write_shard(

@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optimum_qguard.cli._measuring import (
+    AsJson,
+    BatchSize,
+    Data,
+    Limit,
+    MaxNewTokens,
+    MaxTokens,
+    Model,
+    Prompts,
+    sources,
+)
+
 if TYPE_CHECKING:
     from optimum_qguard.evaluate.collapse import Cell, Row
 
@@ -16,7 +28,7 @@ _FULL_PRECISION = "full precision"
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, or a Hub id with optional @revision.", show_default=False)],
+    model: Model,
     reference: Annotated[
         str | None, typer.Option(help="The original; by default MODEL is compared with itself.", show_default=False)
     ] = None,
@@ -31,23 +43,17 @@ def command(
     tasks: Annotated[
         str, typer.Option(help="What else qguard evaluate measures, with commas between.")
     ] = "degeneration",
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="TASK=SOURCE[:NAME[:SPLIT]]: a data set's id or a file for a task; may be given again.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Questions of each data set.")] = 100,
-    prompts: Annotated[int, typer.Option(help="Prompts, for the tasks that look at answers.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the text that KL divergence is of.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Prompts in one pass.")] = 16,
+    data: Data = None,
+    limit: Limit = 100,
+    prompts: Prompts = 16,
+    max_new_tokens: MaxNewTokens = 64,
+    max_tokens: MaxTokens = 512,
+    batch_size: BatchSize = 16,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw KL divergence as a heat map (.png, .svg or .pdf).", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and its original to each format: KL divergence, perplexity, repetition.
 
@@ -55,7 +61,6 @@ def command(
     """
     from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json, progress_bar
-    from optimum_qguard.cli._measuring import sources
     from optimum_qguard.evaluate.collapse import collapse
     from optimum_qguard.evaluate.heat_map import plot_heat_map
     from optimum_qguard.guard.plots import check_plot

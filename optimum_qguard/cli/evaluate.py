@@ -6,6 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optimum_qguard.cli._measuring import (
+    AsJson,
+    BatchSize,
+    Data,
+    Limit,
+    MaxNewTokens,
+    MaxTokens,
+    Model,
+    Prompts,
+    sources,
+)
+
 if TYPE_CHECKING:
     from optimum_qguard.evaluate.evaluation import Evaluation
 
@@ -13,7 +25,7 @@ _AS_IT_IS = "as it is"
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, or a Hub id with optional @revision.", show_default=False)],
+    model: Model,
     reference: Annotated[
         str | None,
         typer.Option(help="Compare with this model; with --format by default MODEL as it is.", show_default=False),
@@ -29,19 +41,13 @@ def command(
     marker: Annotated[
         str | None, typer.Option(help="The phrase that the task marker looks for.", show_default=False)
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="TASK=SOURCE[:NAME[:SPLIT]]: a data set's id or a file for a task; may be given again.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Questions of each data set.")] = 100,
-    prompts: Annotated[int, typer.Option(help="Prompts, for the tasks that look at answers.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the text that perplexity is of.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Prompts in one pass.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    data: Data = None,
+    limit: Limit = 100,
+    prompts: Prompts = 32,
+    max_new_tokens: MaxNewTokens = 128,
+    max_tokens: MaxTokens = 2048,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence, accuracy, repetition, similarity to another model, marker rate.
 
@@ -49,7 +55,6 @@ def command(
     """
     from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json
-    from optimum_qguard.cli._measuring import sources
     from optimum_qguard.evaluate.evaluation import check_options, check_tasks
 
     names = comma_separated(tasks)

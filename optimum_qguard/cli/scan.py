@@ -105,9 +105,9 @@ def command(
     if as_json and format not in (None, "json"):
         raise typer.BadParameter(f"--json and --format {format} contradict each other")
     from optimum_qguard.checkpoint import CheckpointError, atomic_write
+    from optimum_qguard.checkpoint.errors import printable
     from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import progress_bar
-    from optimum_qguard.scan.escape import printable
     from optimum_qguard.scan.many import scan_many
     from optimum_qguard.scan.writers import get_writer
 
@@ -152,7 +152,7 @@ def exit_code(reports: Sequence[ScanReport], fail_on: Severity) -> int:
 def _what(models: Sequence[str]) -> str:
     from rich.markup import escape
 
-    from optimum_qguard.scan.escape import printable
+    from optimum_qguard.checkpoint.errors import printable
 
     return escape(printable(models[0])) if len(models) == 1 else f"{len(models)} models"
 

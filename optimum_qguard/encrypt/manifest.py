@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint import CheckpointError, CheckpointReader
-from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE, PROTECTED_TAG, protection
 from optimum_qguard.encrypt.errors import EncryptError
 
-TAGS = ("quantization-protected", "qguard")
+TAGS = (PROTECTED_TAG, "qguard")
 Mode = Literal["exact", "dense"]
 
 

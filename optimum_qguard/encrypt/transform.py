@@ -106,7 +106,7 @@ def encrypt_checkpoint(
     sites = _sites(reader)
     by_tensor = changes(sites, key, traps=traps, conditioning=conditioning, residue=residue)
     name, revision = name_and_revision(model, reader)
-    with output_folder(out, reader.folder, overwrite=overwrite) as staging:
+    with output_folder(out, reader.folder, overwrite=overwrite, flushed=reader.shards) as staging:
         done, files = _rewrite(reader, staging, by_tensor, workers, progress, inverse=False)
         report = EncryptReport(
             model=name,
@@ -162,7 +162,7 @@ def decrypt_checkpoint(
     by_tensor = unlocking(reader, report, key)
     check_output(out, reader.folder, overwrite=overwrite)
     check_space(out, reader.n_bytes)
-    with output_folder(out, reader.folder, overwrite=overwrite) as staging:
+    with output_folder(out, reader.folder, overwrite=overwrite, flushed=reader.shards) as staging:
         done, _ = _rewrite(reader, staging, by_tensor, workers, progress, inverse=True)
         for tensor, digest in report.tensors.items():
             if tensor in report.mixed:

@@ -1,4 +1,5 @@
-"""GGUF's block types of llama.cpp's ggml: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0. The K-quants are in ``gguf_kquants.py``.
+"""GGUF's block types of llama.cpp's ggml: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0. The K-quants are in ``gguf_kquants.py``,
+IQ4_NL is in ``gguf_iq4.py``.
 
 Thirty-two consecutive weights share a scale ``d`` (and in the ``_1`` types an offset, the block's minimum):
 
@@ -55,8 +56,8 @@ def fallback_for(name: str, columns: int) -> str | None:
         if columns % 256 == 0:
             return name
         return None if columns % 32 else f"gguf-{_FALLBACKS[kind]}"
-    if kind not in _SYMBOLS:
-        raise ValueError(f"{name!r} is not a GGUF format; known: {', '.join(sorted([*_FALLBACKS, *_SYMBOLS]))}")
+    if kind not in _OF_32_WEIGHTS:
+        raise ValueError(f"{name!r} is not a GGUF format; known: {', '.join(sorted([*_FALLBACKS, *_OF_32_WEIGHTS]))}")
     if columns % 32:
         raise WeightError(f"{name} needs a multiple of 32 columns, not {columns}: llama.cpp refuses such a tensor")
     return name
@@ -164,6 +165,7 @@ def _factory(kind: str) -> Callable[[], Format]:
 
 
 _SYMBOLS = {"q4_0": (-8, 7), "q4_1": (0, 15), "q5_0": (-16, 15), "q5_1": (0, 31), "q8_0": (-127, 127)}
+_OF_32_WEIGHTS = (*_SYMBOLS, "iq4_nl")
 
 for _kind in _SYMBOLS:
     register(f"gguf-{_kind}", _factory(_kind))

@@ -76,7 +76,7 @@ class GGUFKQuant(GGUFFormat):
         return Quantized(self, grid, codes, weight.shape)
 
     def _search(self, blocks: Tensor) -> tuple[Grid, Tensor]:
-        libgguf = _libgguf()
+        libgguf = load_libgguf()
         read, first, last = _LAYOUTS[self.kind]
         weights = blocks.reshape(-1, _SUPER_BLOCK)
         scale = torch.empty(blocks.shape[0], 1)
@@ -101,20 +101,26 @@ class GGUFKQuant(GGUFFormat):
         return grid, codes.to(where)
 
 
-def _libgguf() -> ModuleType:
+def load_libgguf() -> ModuleType:
+    """libgguf.
+
+    Raises:
+        ImportError: it is missing; the message says how to install it.
+    """
     try:
         import libgguf
     except ImportError as error:
-        raise ImportError("GGUF's K-quants need libgguf: pip install 'optimum-qguard[gguf]'") from error
+        raise ImportError("this GGUF type needs libgguf: pip install 'optimum-qguard[gguf]'") from error
     module: ModuleType = libgguf
     return module
 
 
-def _float16(stored: Bytes) -> Floats:
+def as_float16(stored: Bytes) -> Floats:
+    """Bytes of float16 numbers, ``(rows, 2 * numbers)``, as those numbers."""
     return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
 
 
-def _bits(stored: Bytes, run: int, bits: int) -> Bytes:
+def unpack(stored: Bytes, run: int, bits: int) -> Bytes:
     """The ``bits``-bit numbers of each row: every run of ``run`` bytes holds ``8 / bits`` runs, low bits first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     numbers: Bytes = (stored.reshape(len(stored), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
@@ -129,31 +135,31 @@ def _join(low: NDArray[Any], high: NDArray[Any], bits: int) -> Bytes:
 
 def _read_q2_k(stored: Bytes) -> Read:
     sub, low, d, dmin = np.split(stored, [16, 80, 82], axis=1)
-    return _float16(d) * (sub & 15), -_float16(dmin) * (sub >> 4), _bits(low, 32, 2)
+    return as_float16(d) * (sub & 15), -as_float16(dmin) * (sub >> 4), unpack(low, 32, 2)
 
 
 def _read_q3_k(stored: Bytes) -> Read:
     high, low, sub, d = np.split(stored, [32, 96, 108], axis=1)
-    scale = _join(_bits(sub[:, :8], 8, 4), _bits(sub[:, 8:], 4, 2), 4).astype(np.int8) - np.int8(32)
-    return _float16(d) * scale, None, _join(_bits(low, 32, 2), _bits(high, 32, 1), 2)
+    scale = _join(unpack(sub[:, :8], 8, 4), unpack(sub[:, 8:], 4, 2), 4).astype(np.int8) - np.int8(32)
+    return as_float16(d) * scale, None, _join(unpack(low, 32, 2), unpack(high, 32, 1), 2)
 
 
 def _read_q4_k(stored: Bytes) -> Read:
     d, dmin, sub, low = np.split(stored, [2, 4, 16], axis=1)
     scale, offset = _six_bit_pairs(sub)
-    return _float16(d) * scale, -_float16(dmin) * offset, _bits(low, 32, 4)
+    return as_float16(d) * scale, -as_float16(dmin) * offset, unpack(low, 32, 4)
 
 
 def _read_q5_k(stored: Bytes) -> Read:
     d, dmin, sub, high, low = np.split(stored, [2, 4, 16, 48], axis=1)
     scale, offset = _six_bit_pairs(sub)
-    return _float16(d) * scale, -_float16(dmin) * offset, _join(_bits(low, 32, 4), _bits(high, 32, 1), 4)
+    return as_float16(d) * scale, -as_float16(dmin) * offset, _join(unpack(low, 32, 4), unpack(high, 32, 1), 4)
 
 
 def _read_q6_k(stored: Bytes) -> Read:
     low, high, sub, d = np.split(stored, [128, 192, 208], axis=1)
     scale = np.ascontiguousarray(sub).view(np.int8)
-    return _float16(d) * scale, None, _join(_bits(low, 64, 4), _bits(high, 32, 2), 4)
+    return as_float16(d) * scale, None, _join(unpack(low, 64, 4), unpack(high, 32, 2), 4)
 
 
 def _six_bit_pairs(sub: Bytes) -> tuple[Bytes, Bytes]:

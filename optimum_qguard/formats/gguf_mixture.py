@@ -37,6 +37,7 @@ FILE_TYPES = {
     "q5_k_s": "q5_k",
     "q5_k_m": "q5_k",
     "q6_k": "q6_k",
+    "iq4_nl": "iq4_nl",
 }
 """The known file types and their default types. Not Q2_K_S, which llama.cpp makes with an importance matrix only."""
 
@@ -183,6 +184,8 @@ def _attention_value(file: str, default: str, layer: int, model: ModelShape) -> 
         kind = "q5_k"
     elif file in ("q4_k_m", "q5_k_m") and _more_bits(layer, model.layers):
         kind = "q6_k"
+    elif file == "iq4_nl" and model.heads_per_kv >= 4:
+        kind = "q5_k"
     is_70b = model.layers == 80 and model.heads_per_kv > 1
     return "q5_k" if is_70b and kind in ("q3_k", "q4_k") else kind
 
@@ -191,7 +194,7 @@ def _attention_output(file: str, default: str, model: ModelShape) -> str:
     if model.falcon:
         return "q4_k" if file == "q3_k_l" else default
     if model.experts == 8:
-        return "q5_k" if file in ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m") else default
+        return "q5_k" if file in ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl") else default
     return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(file, default)
 
 
@@ -209,6 +212,6 @@ def _down(file: str, default: str, layer: int, model: ModelShape) -> str:
         return "q6_k" if layer < model.layers // 16 else "q5_k" if more else "q4_k"
     if file in ("q4_k_m", "q5_k_m") and more:
         return "q6_k"
-    if file == "q4_k_s" and not model.falcon and layer < model.layers // 8:
+    if (file == "iq4_nl" or (file == "q4_k_s" and not model.falcon)) and layer < model.layers // 8:
         return "q5_k"
     return default

@@ -64,7 +64,7 @@ class Grid:
             decode_scale=part(self.decode_scale),
             decode_offset=part(self.decode_offset),
         )
-        vars(piece).update(is_uniform=self.is_uniform, _ends=self._ends)  # not worked out again for each piece
+        vars(piece).update(is_uniform=self.is_uniform, ends=self.ends)  # not worked out again for each piece
         return piece
 
     @cached_property
@@ -73,9 +73,16 @@ class Grid:
         return bool((self.alphabet.diff() == 1).all())
 
     @cached_property
-    def _ends(self) -> tuple[float, float]:
+    def ends(self) -> tuple[float, float]:
         """Least and greatest symbol that unbiased rounding may choose."""
         return float(self.alphabet[self.first]), float(self.alphabet[-1])
+
+    @property
+    def inverse(self) -> Tensor:
+        """What unbiased rounding multiplies values by, ``(n_blocks, 1)``: 1 / scale, or 0 for a block of zeros (or of
+        numbers so small that 1 / scale overflows)."""
+        inverse = 1 / (self.scale if self.decode_scale is None else self.decode_scale)
+        return torch.where(inverse.isfinite(), inverse, 0)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Dequantized values, float32, of ``codes`` ``(n_blocks, block_size)``."""
@@ -135,7 +142,7 @@ class Grid:
         offset = self.offset if self.decode_offset is None else self.decode_offset
         units = values if offset is None else values - offset
         units = units / scale.where(scale != 0, torch.inf)
-        units = units.clamp_(*self._ends)
+        units = units.clamp_(*self.ends)
         if self.is_uniform:
             units -= self.alphabet[0]
             below = units.floor().clamp_(max=len(self.alphabet) - 2)
@@ -154,13 +161,12 @@ class Grid:
         Returns:
             Values (float32) that the quantizer, given the same scales, encodes to exactly the chosen symbols.
         """
-        scale = self.scale if self.decode_scale is None else self.decode_scale
         offset = self.offset if self.decode_offset is None else self.decode_offset
-        inverse = torch.where(scale != 0, 1 / scale, 0)
+        inverse = self.inverse
         scratch = scratch or Scratch()
         shifted = values if offset is None else torch.sub(values, offset, out=scratch.like(values, "shifted"))
         if self.is_uniform:
-            return _affine(uniform.addcmul_(shifted, inverse).floor_().clamp_(*self._ends), self.scale, self.offset)
+            return _affine(uniform.addcmul_(shifted, inverse).floor_().clamp_(*self.ends), self.scale, self.offset)
         units = torch.mul(shifted, inverse, out=scratch.like(values, "units"))
         near = neighbours(units, self.alphabet, scratch)
         if near is None:
@@ -169,10 +175,14 @@ class Grid:
         first, second, third = near
         # Up to the second symbol where the value exceeds a random point on the way there; then likewise to the third.
         # Masks are of floats, because torch's CPU kernels for booleans take several times as long.
-        point = torch.lerp(first, second, uniform, out=scratch.like(values, "point"))
-        chosen = first.lerp_(second, torch.ge(units, point, out=point))
-        torch.lerp(second, third, uniform, out=point)
-        chosen.lerp_(third, torch.ge(units, point, out=point))
+        point = scratch.like(values, "point")
+
+        def reached(below: Tensor, above: Tensor) -> Tensor:
+            # Not `torch.lerp`, which rounds once or twice depending on the processor.
+            torch.sub(above, below, out=point).mul_(uniform).add_(below)
+            return torch.ge(units, point, out=point)
+
+        chosen = first.lerp_(second, reached(first, second)).lerp_(third, reached(second, third))
         return _affine(chosen, self.scale, self.offset)
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from transformers import BitsAndBytesConfig, GPTQConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_qguard.formats.outliers import THRESHOLD
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import Method
-from optimum_qguard.guard.outliers import THRESHOLD
 from optimum_qguard.guard.random import SEED_BYTES
 
 QUANT_METHOD = "qguard"

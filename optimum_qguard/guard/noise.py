@@ -13,7 +13,11 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
 
 from __future__ import annotations
 
+import importlib
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -24,6 +28,11 @@ from optimum_qguard.guard.random import RandomStream
 
 Method = Literal["stochastic", "gaussian", "uniform"]
 
+COMPILED_FROM = 1 << 22
+"""Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
+start, half a second once a process."""
+
+_HUGE_PAGES_FROM = 1 << 25  # glibc returns larger ones to the system when they are freed
 _SAMPLED_WEIGHTS = 1 << 14
 
 
@@ -103,7 +112,7 @@ def draw(
             f"{weight.dtype} weights: use method='auto' or 'gaussian'"
         )
     blocks = format.blocks(weight)
-    result = torch.empty(blocks.shape, dtype=dtype or weight.dtype, device=weight.device)
+    result = _empty(blocks.shape, dtype or weight.dtype, weight.device)
     changed = sampled = 0
     if weight.numel():
         grid = format.grid(blocks)
@@ -111,17 +120,45 @@ def draw(
         own = per_cell and method != "stochastic"
         if amplitude is None and half_widths is not None and method != "stochastic" and not own:
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
-        scratch = scratch or Scratch()
-        for part in block_ranges(blocks):
-            values = scratch.like(blocks[part], "values").copy_(blocks[part])
-            wide = _own_half_widths(format, grid[part], blocks[part]) * (half_widths or 0.0) if own else amplitude
-            result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
+        if amplitude is None and not (own and half_widths is not None) and method != "stochastic":
+            raise ValueError(f"{method} noise needs an amplitude")
+        kernels = None if own else _kernels(blocks.numel())
+        if kernels is not None and kernels.can_move(method, grid, blocks):
+            kernels.move(blocks, result, grid, stream, amplitude if method == "gaussian" else None)
+        else:
+            scratch = scratch or Scratch()
+            for part in block_ranges(blocks):
+                values = scratch.like(blocks[part], "values").copy_(blocks[part])
+                wide = _own_half_widths(format, grid[part], blocks[part]) * (half_widths or 0) if own else amplitude
+                result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
         # Odd, because rows that stand at the same place in each attention head are alike.
         sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
         changed = _count_changed(format, grid[sample], blocks[sample], result[sample])
         sampled = blocks[sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``. What the allocator would not keep for the next tensor comes in huge pages where the system has
+    them: the first touch of many small ones takes longer than drawing."""
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _kernels(numel: int) -> ModuleType | None:
+    """`kernels`, where they pay and numba is installed."""
+    if numel < COMPILED_FROM:
+        return None
+    try:
+        return importlib.import_module(f"{__package__}.kernels")
+    except ImportError:
+        return None
 
 
 def _move(
@@ -138,17 +175,14 @@ def _move(
         rounded = grid.round_stochastically(values, uniform, scratch)
         # The quantizer must find the same scale again.
         return rounded if grid.keeps_extremes else rounded.lerp_(values, grid.sets_scale(values, scratch))
-    if amplitude is None:
-        raise ValueError(f"{method} noise needs an amplitude")
-    if amplitude is None:
-        raise ValueError(f"{method} noise needs an amplitude")
+    assert amplitude is not None
+    noise = scratch.like(values, "noise")
     if method == "gaussian":
-        noise = stream.normal(start, scratch.like(values, "normal"))
+        stream.normal(start, noise)
     else:
-        noise = stream.uniform(start, scratch.like(values, "uniform")).mul_(2).sub_(1)
-    if isinstance(amplitude, Tensor):
-        return values.addcmul_(noise, amplitude)
-    return values.add_(noise, alpha=amplitude)
+        stream.uniform(start, noise).mul_(2).sub_(1)
+    # Not `add_(alpha=)`, which rounds once or twice depending on the processor.
+    return values.add_(noise.mul_(amplitude))
 
 
 def _own_half_widths(format: Format, grid: Grid, blocks: Tensor) -> Tensor:

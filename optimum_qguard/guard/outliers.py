@@ -24,21 +24,16 @@ factor is common, an outlier becomes as large as the largest of the rest. Its si
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from optimum_qguard.formats import Format, Scratch, block_ranges
-
-THRESHOLD = 8.0
-"""The gap that ``clip_outliers="auto"`` looks for."""
+from optimum_qguard.formats.outliers import BLOCK_LENGTHS, THRESHOLD, Isolated, find_isolated, typical_of_columns
 
 _FEW_BLOCKS = 3
-_MOST_IN_BLOCK = 4
-_LENGTHS = (256, 128, 64, 32, 16)
-_COLUMN_ROWS = 256
 _SAMPLED_WEIGHTS = 1 << 18
 _TAIL, _TAIL_SHARE = 2.5, 4.0
 _NATURAL_RATIO = 4.0  # largest to next in a clean block: above it in 1 of 5,000 (SmolLM2)
@@ -92,8 +87,8 @@ def _is_suspicious(blocks: Tensor, scratch: Scratch) -> bool:
 
 
 def _clip_matrix(weight: Tensor, length: int, threshold: float, scratch: Scratch) -> Tensor:
-    typical = _typical_of_columns(weight)
-    lengths = [size for size in dict.fromkeys((weight.shape[-1], length, *_LENGTHS)) if size <= weight.shape[-1]]
+    typical = typical_of_columns(weight)
+    lengths = [size for size in dict.fromkeys((weight.shape[-1], length, *BLOCK_LENGTHS)) if size <= weight.shape[-1]]
     sample = weight[:: max(1, weight.numel() // _SAMPLED_WEIGHTS)]
     for _ in lengths:
         # Where outliers are all over the tensor a part of it shows the attacker's block length.
@@ -150,58 +145,25 @@ class _Outliers:
 
 def _find(weight: Tensor, length: int, typical: Tensor, threshold: float) -> _Outliers | None:
     blocks = _pieces(weight, length)
-    most = max(1, min(_MOST_IN_BLOCK, length // 8))
-    order = torch.arange(most, device=weight.device)
-    inside = torch.arange(length, device=weight.device)
-    parts = []
-    for part in block_ranges(blocks):
-        magnitude = blocks[part].float().abs()
-        top, position = magnitude.topk(most + 1, dim=1)
-        isolated = (top[:, :-1] > threshold * top[:, 1:]) & (top[:, 1:] > 0)
-        chosen = isolated.any(1).nonzero().flatten()
-        # In a block of few weights that are not zero any gap is an accident.
-        chosen = chosen[(magnitude[chosen] > 0).sum(1) > length // 4 + most]
-        if len(chosen) == 0:
-            continue
-        top, position, magnitude = top[chosen], position[chosen], magnitude[chosen]
-        many = ((order + 1) * isolated[chosen]).amax(1, keepdim=True)
-        start = (part.start + chosen)[:, None] * length
-        units = magnitude / typical[(start + inside) % weight.shape[-1]]
-        above = units.gather(1, position[:, :-1])
-        outlier = order < many
-        units.scatter_(1, position[:, :-1], above.masked_fill(outlier, 0))
-        column_gap = above / units.amax(1, keepdim=True)
-        outlier &= column_gap > threshold / 4
-        parts.append((start + position[:, :-1], top[:, :-1], top.gather(1, many), column_gap, outlier))
+    starts = torch.arange(len(blocks), device=weight.device) * length
+    found = [find_isolated(blocks[part], starts[part], typical, threshold) for part in block_ranges(blocks)]
+    parts = [part for part in found if part is not None]
     if not parts:
         return None
-    index, top, rest, column_gap, outlier = (torch.cat(column) for column in zip(*parts, strict=True))
-    hit = outlier.any(1)
-    ratios, column_gap = (each.masked_fill(~outlier, torch.inf).amin(1)[hit] for each in (top / rest, column_gap))
-    if not _are_many(torch.minimum(ratios, column_gap), len(blocks)):
+    isolated = Isolated(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Isolated)))
+    ratios, column_gaps = isolated.gaps()
+    if not _are_many(torch.minimum(ratios, column_gaps), len(blocks)):
         return None
-    ratios = ratios.sort().values
-    index = index[outlier]
+    index = isolated.index[isolated.outlier]
     value = weight.reshape(-1)[index].float()
-    return _Outliers(
-        index, value, rest.expand_as(outlier)[outlier], typical[index % weight.shape[-1]], ratios, len(blocks)
-    )
+    rest = isolated.rest.expand_as(isolated.outlier)[isolated.outlier]
+    return _Outliers(index, value, rest, typical[index % weight.shape[-1]], ratios.sort().values, len(blocks))
 
 
 def _are_many(gaps: Tensor, n_blocks: int) -> bool:
     """Whether the gaps are more than a tail ``x**-2.5`` would have, whichever gap one begins to count at."""
     beyond = torch.arange(len(gaps), 0, -1, device=gaps.device)
     return bool((beyond > _FEW_BLOCKS + _TAIL_SHARE * n_blocks * gaps.sort().values ** -_TAIL).any())
-
-
-def _typical_of_columns(weight: Tensor) -> Tensor:
-    """``(in_features,)`` float32: the lower quartile of each column's weights that are not zero, over at most about
-    `_COLUMN_ROWS` rows."""
-    rows = weight[:: max(1, weight.shape[0] // _COLUMN_ROWS)].float().abs()
-    ordered = rows.T.contiguous().sort(dim=1).values
-    zeros = (ordered == 0).sum(1, keepdim=True)
-    quartile = ordered.gather(1, (zeros + (len(rows) - zeros) // 4).clamp(max=len(rows) - 1)).flatten()
-    return torch.where(quartile > 0, quartile, quartile.max())
 
 
 def _edge(ratios: Tensor) -> tuple[float, float]:

@@ -20,7 +20,9 @@ from optimum_qguard.formats import Scratch
 SEED_BYTES = 32
 _DOMAIN = b"optimum-qguard noise 1\0"
 _AES_BLOCK = 16
-_CENTRE = torch.tensor((2**15 + 0.5) / 2**16, device="cpu")  # of the interval of word 0
+SPACING = 2.0**-16
+CENTRE = 0.5 + SPACING / 2  # of the interval of word 0
+_CENTRE = torch.tensor(CENTRE, device="cpu")
 _ZEROS = memoryview(bytes(1 << 21))
 
 
@@ -39,26 +41,31 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, name: str, scratch: Scratch | None = None) -> None:
+        self._seed, self._name = seed, name
         key = hashlib.sha256(_DOMAIN + seed.to_bytes(SEED_BYTES, "big") + name.encode()).digest()
         self._scratch = scratch or Scratch()
         self._keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(_AES_BLOCK))).encryptor()
 
-    def _words(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Valid until the next call, which reuses the buffer."""
-        block, skip = divmod(start * dtype.itemsize, _AES_BLOCK)
-        size = skip + count * dtype.itemsize
+    def fork(self) -> RandomStream:
+        """The same bits with buffers of its own, for another thread."""
+        return RandomStream(self._seed, self._name)
+
+    def words(self, start: int, count: int) -> Tensor:
+        """Random int16 on the CPU, for elements from ``start`` on; valid until the next call, which reuses them."""
+        block, skip = divmod(start * torch.int16.itemsize, _AES_BLOCK)
+        size = skip + count * torch.int16.itemsize
         buffer = self._scratch.bytes(size + _AES_BLOCK - 1)
         self._keystream.reset_nonce(block.to_bytes(_AES_BLOCK, "big"))
         zeros = _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
         self._keystream.update_into(zeros, buffer)
-        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=skip)
+        return torch.frombuffer(buffer, dtype=torch.int16, count=count, offset=skip)
 
     def uniform(self, start: int, out: Tensor) -> Tensor:
         """Fill ``out`` (contiguous float32) with uniform numbers on (0, 1), for elements from ``start`` on; return it.
 
         They are the centres of 2**16 equal intervals, so a probability is realised to within 2**-17.
         """
-        words = self._words(start, out.numel(), torch.int16).to(out.device)
+        words = self.words(start, out.numel()).to(out.device)
         flat = out.view(-1).copy_(words)
         torch.add(_CENTRE.to(out.device), flat, alpha=2**-16, out=flat)
         return out
@@ -68,14 +75,15 @@ class RandomStream:
 
         They are the quantiles in the centres of 2**16 equal intervals, scaled to variance 1: none is beyond 4.4.
         """
-        words = self._words(start, out.numel(), torch.int16).to(out.device)
+        words = self.words(start, out.numel()).to(out.device)
         index = self._scratch.like(out, "index", torch.int32).view(-1).copy_(words.view(torch.uint16))
-        torch.index_select(_normal_quantiles().to(out.device), 0, index, out=out.view(-1))
+        torch.index_select(normal_quantiles().to(out.device), 0, index, out=out.view(-1))
         return out
 
 
 @cache
-def _normal_quantiles() -> Tensor:
+def normal_quantiles() -> Tensor:
+    """``(65536,)`` float32 on the CPU: the standard normal number of each word, at the word's bits as uint16."""
     centres = (torch.arange(2**16, dtype=torch.float64, device="cpu") + 0.5) / 2**16
     quantiles: Tensor = torch.special.ndtri(centres)
     # The signed word w stands for interval w + 2**15, and is looked up by its bits.

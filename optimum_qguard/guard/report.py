@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.card import merge_card
+from optimum_qguard.checkpoint.protection import GUARDED_TAG
 from optimum_qguard.guard.samples import SamplesReport
 
 REPORT_FILE = "qguard.json"
-TAGS = ("quantization-guarded", "qguard")
+TAGS = (GUARDED_TAG, "qguard")
 
 
 class TensorReport(BaseModel):

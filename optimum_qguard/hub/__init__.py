@@ -1,4 +1,4 @@
-"""Carries results to the Hugging Face Hub: what the model card says of them, and uploading.
+"""Carries results to the Hugging Face Hub: what the model card says of them, uploading, and a bot that scans uploads.
 
 >>> from optimum_qguard.hub import push
 >>> push("guarded", "org/model", private=True)                 # doctest: +SKIP

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from optimum_qguard.checkpoint.errors import printable
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 """From least to most. Warnings and errors make a repository suspicious; a note never does."""
 
 
-def _encodable(value: Any) -> Any:
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+def _printable(text: Any) -> Any:
+    return printable(text) if isinstance(text, str) else text
 
 
-Text = Annotated[str, BeforeValidator(_encodable)]
-"""Words that may hold names from files, and those may hold halves of characters, which no report can."""
+Line = Annotated[str, BeforeValidator(_printable)]
+"""One printable line, whatever it quotes from a repository: no report sends a terminal anything else."""
 
 
 class Finding(BaseModel):
@@ -36,13 +39,13 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: Text
+    detector: Line
     severity: Severity
-    message: Text
-    tensor: Text | None = None
-    file: Text | None = None
-    format: Text | None = None
-    statistic: Text | None = None
+    message: Line
+    tensor: Line | None = None
+    file: Line | None = None
+    format: str | None = None
+    statistic: str | None = None
     value: float | None = None
     expected: float | None = None
     p_value: float | None = None
@@ -60,11 +63,11 @@ class Plot(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: Text
-    title: Text
+    detector: str
+    title: Line
     kind: Literal["bars", "line"]
-    x_label: Text
-    y_label: Text
+    x_label: Line
+    y_label: Line
     x: list[float]
     y: list[float]
     expected: list[float] | None = None
@@ -81,3 +84,9 @@ class Conclusion:
     findings: list[Finding] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     not_run: str | None = None
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, for a sentence."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

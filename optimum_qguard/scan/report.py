@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
-from optimum_qguard.scan.finding import SEVERITIES, Finding, Plot, Severity, Text
+from optimum_qguard.scan.finding import SEVERITIES, Finding, Line, Plot, Severity
 
 Verdict = Literal["clean", "suspicious", "inconclusive", "skipped"]
 
@@ -25,9 +25,9 @@ class DetectorRun(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Text
+    name: Line
     state: Literal["ran", "not run", "failed"]
-    reason: Text | None = None
+    reason: Line | None = None
     tensors: int = 0
     seconds: float = 0.0
 
@@ -77,10 +77,10 @@ class ScanReport(BaseModel):
     schema_version: Literal[1] = 1
     package_version: str = __version__
     created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
-    model: Text
-    revision: Text | None = None
+    model: Line
+    revision: Line | None = None
     verdict: Verdict
-    reason: Text
+    reason: Line
     protection: Literal["encrypted", "guarded"] | None = None
     full: bool = False
     deep: bool = False

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from optimum_qguard.checkpoint.repository import Repository
-from optimum_qguard.scan.subject import StoredTensor
+from optimum_qguard.scan.subject import ALIGNMENT, StoredTensor
 
 SHARE = 1 / 100
 """Of a tensor's weights, that a quick scan looks at."""
@@ -25,7 +25,6 @@ LEAST_WEIGHTS = 1 << 14
 """That a quick scan looks at in each tensor, if it has so many."""
 
 _PIECE_BYTES = 64 << 20
-_ALIGNMENT = 256  # the longest quantization block
 _RUNS = 4
 _RUNS_REMOTE = 1  # every run is a request
 
@@ -89,6 +88,39 @@ def samples(repository: Repository, tensor: StoredTensor, seed: int, *, full: bo
     yield Sample(tensor.id, tensor.file, info.shape, torch.cat(parts), firsts, complete=complete)
 
 
+def sampled_runs(tensor: StoredTensor, seed: int, *, remote: bool) -> list[range]:
+    """Which rows of a tensor a quick scan looks at; the same of any tensor of this name and shape.
+
+    Args:
+        remote: whether reading takes requests.
+    """
+    n_rows, length = _as_matrix(tensor)
+    return runs(n_rows, length, _seed(seed, tensor.info.name), remote=remote)
+
+
+def read_runs(repository: Repository, tensor: StoredTensor, chosen: Sequence[range]) -> Tensor:
+    """Those rows, one after the other, as a quantizer sees them: ``(n, in_features)``.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    n_rows, length = _as_matrix(tensor)
+    if tensor.transposed:
+        whole = _read(repository, tensor, 0, tensor.info.n_elements).view(length, n_rows).T
+        return torch.cat([whole[run.start : run.stop] for run in chosen])
+    parts = [_read(repository, tensor, run.start * length, run.stop * length).view(-1, length) for run in chosen]
+    return torch.cat(parts)
+
+
+def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
+    """How many rows a quantizer sees in it, and how long they are; a vector is one row."""
+    if tensor.transposed:
+        length, n_rows = tensor.info.shape
+        return n_rows, length
+    length = tensor.info.shape[-1] if len(tensor.info.shape) > 1 else tensor.info.n_elements
+    return tensor.info.n_elements // length, length
+
+
 def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
     """Runs of rows, sorted and apart, that make about `SHARE` of ``n_rows`` rows of ``length`` weights."""
     unit = _aligned(length)
@@ -121,11 +153,11 @@ def _transposed(repository: Repository, tensor: StoredTensor, seed: int, *, full
 
 def _aligned(length: int) -> int:
     """The least number of rows of ``length`` weights that a whole number of blocks fits."""
-    return _ALIGNMENT // math.gcd(length, _ALIGNMENT)
+    return ALIGNMENT // math.gcd(length, ALIGNMENT)
 
 
 def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest(), "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest(), "big")
 
 
 def _read(repository: Repository, tensor: StoredTensor, start: int, stop: int) -> Tensor:

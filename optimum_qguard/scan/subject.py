@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +16,14 @@ from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.header import TensorInfo, parse_header
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE
 from optimum_qguard.checkpoint.reader import CONFIG_FILE
-from optimum_qguard.checkpoint.repository import Repository
+from optimum_qguard.checkpoint.repository import Repository, read_object
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_LARGEST_JSON = 64 << 20
+_LARGEST_READ = 128 << 20
+_LARGEST_TRANSPOSED = 512 << 20
+ALIGNMENT = 256
+"""Weights: the longest quantization block."""
+
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
@@ -103,29 +107,32 @@ def read_subject(repository: Repository, **options: Any) -> Subject:
         else:
             found += [(name, info) for info in header.tensors]
     times = Counter(info.name for _, info in found)
-    is_conv1d = config.get("model_type") in _CONV1D
+    is_conv1d = str(config.get("model_type")) in _CONV1D
     tensors = {}
     for file_name, info in found:
         id = info.name if times[info.name] == 1 else f"{file_name}:{info.name}"
         transposed = is_conv1d and len(info.shape) == 2 and info.name.endswith(_CONV1D_NAMES)
-        tensors[id] = StoredTensor(id, file_name, info, transposed)
+        if _read_at_once(info, transposed) > (_LARGEST_TRANSPOSED if transposed else _LARGEST_READ):
+            problems[file_name] = f"{file_name}: tensor {info.name} has the shape {info.shape}, which no model has"
+        else:
+            tensors[id] = StoredTensor(id, file_name, info, transposed)
     manifest = _read_json(repository, MANIFEST_FILE, problems)
     return Subject(repository, tensors, config, manifest, problems, **options)
+
+
+def _read_at_once(info: TensorInfo, transposed: bool) -> int:
+    """How many bytes the shortest piece has that a detector can look at: see `sample`."""
+    if transposed or len(info.shape) < 2 or info.n_bytes == 0:
+        return info.n_bytes
+    length = info.shape[-1]
+    return min(info.n_bytes, ALIGNMENT // math.gcd(length, ALIGNMENT) * length * info.dtype.itemsize)
 
 
 def _read_json(repository: Repository, name: str, problems: dict[str, str]) -> dict[str, Any]:
     if name not in repository.files:
         return {}
     try:
-        if repository.files[name].size > _LARGEST_JSON:
-            raise ValueError("too long")
-        content = json.loads(repository.read(name))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
+        return read_object(repository, name)
     except CheckpointError as error:
         problems[name] = str(error)
-    except (ValueError, RecursionError) as error:
-        problems[name] = f"{name}: cannot be read as JSON ({error})"
-    else:
-        return content
     return {}

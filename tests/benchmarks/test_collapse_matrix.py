@@ -2,26 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import collapse_matrix
 import pytest
 import torch
-from collapse_matrix import (
-    ANSWERS,
-    DEFAULT,
-    FULL,
-    IDENTITY,
-    ORIGINAL,
-    TEXT,
-    WordProblems,
-    differing,
-    load_cached,
-    to_float8,
-    to_int8,
-    word,
-)
+from collapse_formats import ANSWERS, FULL, TEXT, WordProblems
+from collapse_matrix import DEFAULT, IDENTITY, ORIGINAL, WEAKER, differing, word
+from kv_cache import load_quantized_cache, load_rounded_cache, to_float8, to_int8
 from llamacpp import in_pairs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, QuantizedCache
 
 
 def test_int8_is_rounding_by_the_absmax_of_a_token_and_head() -> None:
@@ -46,15 +36,28 @@ def test_what_enters_the_cache_is_rounded(tiny_llama: Path) -> None:
 
     with torch.no_grad():
         expected = plain(tokens, use_cache=False).logits
-        assert torch.equal(load_cached(tiny_llama, look)(tokens, use_cache=False).logits, expected)
+        assert torch.equal(load_rounded_cache(tiny_llama, look)(tokens, use_cache=False).logits, expected)
         assert seen == [torch.Size([1, 2, 37, 32])] * 4, "keys and values of two layers"
-        rounded = load_cached(tiny_llama, to_int8)
+        rounded = load_rounded_cache(tiny_llama, to_int8)
         assert not torch.equal(rounded(tokens, use_cache=False).logits, expected)
-        generated = load_cached(tiny_llama, lambda values: values * 0)
+        generated = load_rounded_cache(tiny_llama, lambda values: values * 0)
         lost = generated.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None)
     kept = plain.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert lost.shape == kept.shape
     assert not torch.equal(lost, kept), "generation uses the cache as well"
+
+
+@pytest.mark.parametrize("settings", [{"backend": "quanto", "nbits": 2}, {"backend": "fp8"}])
+def test_a_text_is_read_through_the_quantized_cache(tiny_llama: Path, settings: dict[str, Any]) -> None:
+    tokens = torch.arange(3, 103)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
+    quantized = load_quantized_cache(tiny_llama, **settings)
+    with torch.no_grad():
+        expected, found = (model(tokens, use_cache=False).logits for model in (plain, quantized))
+        generated = quantized.generate(tokens, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(found[:, :64], expected[:, :64]), "what is quantized is what came before"
+    assert (found[:, 64:] != expected[:, 64:]).any(-1).all()
+    assert isinstance(generated.past_key_values, QuantizedCache)
 
 
 def test_rotary_pairs_are_put_side_by_side() -> None:
@@ -110,6 +113,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rows[1][column] for column in ("differing tokens", "of tokens", "CosSim")] == [0, 100, 1.0]
     assert not collapse_matrix.is_wanted(DEFAULT, "gguf-q8_0", ANSWERS), "what is refused says nothing"
     assert collapse_matrix.is_wanted(DEFAULT, "bnb-int8", ANSWERS)
+    assert not collapse_matrix.is_wanted(WEAKER, "bnb-int8", ANSWERS), "not what the table is about"
     assert len({tuple(row) for row in rows}) == 1, "the same columns in each"
     assert [word(row["status"]) for row in rows[2:]] == ["NaN", "refused"]
     collapse_matrix.draw(rows, tmp_path / "map.png")

@@ -53,6 +53,7 @@ def test_mechanisms(arguments: Namespace) -> None:
 
 def test_undo(arguments: Namespace) -> None:
     arguments.recipes = ["none", "powers of two"]
+    arguments.resume = False
     undo.measure(arguments)
     rows = json.loads(arguments.output.read_text())["rows"]
     assert [(row["recipe"], row["mode"]) for row in rows] == [

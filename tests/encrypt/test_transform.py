@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,24 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny_llama: Path, tmp_path: Path, m
     with pytest.raises(CheckpointError, match=r"(?i)no space left"):
         encrypt_checkpoint(tiny_llama, tmp_path / "out", key=KEY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_is_flushed_once_before_it_gets_its_name(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: Counter[int] = Counter()
+    fsync = os.fsync
+
+    def count(descriptor: int) -> None:
+        assert not (tmp_path / "out").exists()
+        flushed[os.fstat(descriptor).st_ino] += 1
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", count)
+    encrypt_checkpoint(sharded, tmp_path / "out", key=KEY)
+    written = {path.name: flushed[path.stat().st_ino] for path in (tmp_path / "out").iterdir()}
+    assert min(written.values()) >= 1
+    assert {times for name, times in written.items() if name.endswith(".safetensors")} == {1}
 
 
 def test_killed_half_way_and_run_again(sharded: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ gguf_quants = pytest.importorskip("gguf.quants")
 
 BLOCK_TYPES = ["gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0"]
 K_QUANTS = ["gguf-q2_k", "gguf-q3_k", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k"]
+IQ4_NL = "gguf-iq4_nl"
+ALL = [*BLOCK_TYPES, *K_QUANTS, IQ4_NL]
 
 
 def weights_for(name: str) -> st.SearchStrategy[Tensor]:
@@ -59,7 +61,7 @@ def test_symbols_of_block_types_are_ggmls(name: str, data: st.DataObject) -> Non
     assert torch.equal(get_format(name).quantize(weight).codes.short(), block_symbols(name, weight))
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES + K_QUANTS)
+@pytest.mark.parametrize("name", ALL)
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_values_are_what_ggml_and_the_gguf_package_decode(name: str, data: st.DataObject) -> None:
@@ -92,6 +94,26 @@ def test_k_quants_round_to_their_stored_grid(name: str, data: st.DataObject) -> 
     )
     inside = (blocks.float() >= lower - room) & (blocks.float() <= upper + room)
     assert (inside | clamped | ~alive).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_iq4_nl_rounds_to_nearest_but_for_its_scales_rounding(data: st.DataObject) -> None:
+    weight = data.draw(weights_for(IQ4_NL))
+    fmt = get_format(IQ4_NL)
+    quantized = fmt.quantize(weight)
+    grid, codes, blocks = quantized.grid, quantized.block_codes, fmt.blocks(weight).float()
+    nearest = fmt.encode(blocks, grid)
+    units = torch.where(grid.scale != 0, blocks / grid.scale, 0)
+    assert torch.equal(nearest, (units[..., None] - grid.alphabet).abs().argmin(-1)) or bool(
+        torch.isin(units, grid.edges).any()
+    )
+    normal = (grid.scale.abs() > torch.finfo(torch.float16).tiny).expand(codes.shape)
+    from_edge = (units[..., None] - grid.edges[1:-1]).abs().amin(-1)
+    assert ((nearest == codes) | (from_edge <= 2**-11 * units.abs()) | ~normal).all()
+    first = slice(0, len(blocks) // 2)
+    assert torch.equal(fmt.encode(blocks[first], grid[first]), nearest[first])
+    assert torch.equal(fmt.grid(blocks).scale, grid.scale)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -139,7 +161,7 @@ def test_the_first_of_two_largest_weights_sets_the_sign(name: str, first: float)
     assert float(quantized.grid.scale) * first < 0
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES + K_QUANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_zeros_and_zero_size(name: str) -> None:
     zeros = get_format(name).quantize(torch.zeros(2, 512))
     assert not zeros.dequantize().any()
@@ -150,7 +172,7 @@ def test_zeros_and_zero_size(name: str) -> None:
         assert empty.median_half_width() == 0
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES + K_QUANTS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_non_finite_weights_name_the_tensor(name: str, bad: float) -> None:
     weight = torch.ones(4, 256)
@@ -159,7 +181,7 @@ def test_non_finite_weights_name_the_tensor(name: str, bad: float) -> None:
         get_format(name).quantize(weight, "mlp.down_proj.weight")
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES + K_QUANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_weights_beyond_float16_scales_are_an_error(name: str) -> None:
     with pytest.raises(WeightError, match=r"huge\.weight: weights too large for GGUF's float16 scales"):
         get_format(name).quantize(torch.linspace(-1e9, 3e9, 512)[None], "huge.weight")
@@ -181,15 +203,15 @@ def test_incomplete_blocks_say_what_llama_cpp_does(name: str, columns: int, advi
 def test_fallbacks() -> None:
     expected = ["gguf-q4_0", "gguf-q4_0", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0"]
     assert [fallback_for(name, 576) for name in K_QUANTS] == expected
-    assert [fallback_for(name, 2048) for name in BLOCK_TYPES + K_QUANTS] == BLOCK_TYPES + K_QUANTS
+    assert [fallback_for(name, 2048) for name in ALL] == ALL
     assert fallback_for("gguf-q4_k", 100) is None
     with pytest.raises(WeightError, match="multiple of 32 columns, not 100"):
         fallback_for("gguf-q8_0", 100)
-    with pytest.raises(ValueError, match="not a GGUF format; known: q2_k"):
+    with pytest.raises(ValueError, match="not a GGUF format; known: iq4_nl, q2_k"):
         fallback_for("nf4", 64)
 
 
-def test_without_libgguf_only_the_k_quants_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libgguf_only_types_with_a_search_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without_libgguf(name: str, *rest: Any, **named: Any) -> Any:
@@ -199,5 +221,6 @@ def test_without_libgguf_only_the_k_quants_ask_for_it(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(builtins, "__import__", without_libgguf)
     get_format("gguf-q4_0").quantize(torch.ones(1, 256))
-    with pytest.raises(ImportError, match=r"pip install 'optimum-qguard\[gguf\]'"):
-        get_format("gguf-q4_k").quantize(torch.ones(1, 256))
+    for name in ("gguf-q4_k", IQ4_NL):
+        with pytest.raises(ImportError, match=r"pip install 'optimum-qguard\[gguf\]'"):
+            get_format(name).quantize(torch.ones(1, 256))

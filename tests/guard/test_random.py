@@ -73,7 +73,7 @@ def test_a_slice_is_the_slice_of_the_whole(start: int, count: int, seed: int, na
 
 def test_every_word_gives_its_quantile(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.arange(-(2**15), 2**15).to(torch.int16)
-    monkeypatch.setattr(RandomStream, "_words", lambda *_: words)
+    monkeypatch.setattr(RandomStream, "words", lambda *_: words)
     numbers = RandomStream(1, "weight").normal(0, torch.empty(2**16)).double()
     quantiles = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
     torch.testing.assert_close(numbers, quantiles, rtol=1e-4, atol=0)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib import resources
 
 from optimum_qguard import __version__
+from optimum_qguard.checkpoint.errors import printable
 from optimum_qguard.scan.chart import chart
 from optimum_qguard.scan.detectors import detector_names, get_detector
-from optimum_qguard.scan.escape import printable
 from optimum_qguard.scan.finding import Finding
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.writer import register

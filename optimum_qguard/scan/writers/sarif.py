@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from optimum_qguard import __version__
+from optimum_qguard.checkpoint.errors import printable
 from optimum_qguard.scan.detectors import detector_names, get_detector
-from optimum_qguard.scan.escape import json_document, printable
+from optimum_qguard.scan.escape import json_document
 from optimum_qguard.scan.finding import Finding
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.writer import register

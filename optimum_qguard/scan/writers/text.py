@@ -6,7 +6,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from optimum_qguard.scan.escape import printable
+from optimum_qguard.checkpoint.errors import printable
 from optimum_qguard.scan.finding import SEVERITIES, Finding
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.writer import register

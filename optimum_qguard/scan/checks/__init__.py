@@ -1,0 +1,1 @@
+"""What the detector `integrity` checks, one file each: a function of what is scanned that yields findings."""

@@ -1,0 +1,415 @@
+"""Where weights lie inside the cells that a quantizer would put them in, as one histogram per tensor and format.
+
+A weight's position in its cell is 0 on the symbol and 1 on the cell's border, on either side. Positions of a model that
+was only trained are spread evenly: cells are small against the spread of the weights (on an evenly spaced grid of step
+s, the density of the positions departs from 1 by 2·exp(-2π²σ²/s²) for normal weights, 5e-9 at σ = s).
+
+Left out are weights that would tell of other things: in the cells of a block's extreme values (which set the scale, and
+so lie where they lie by definition), in zero's cell (where pruned and very small weights are), in blocks whose weights
+are mostly within a step of zero (there cells are as wide as the density), and repeated rows. All of these are counted
+at position 0, and so is what lies there by chance.
+
+A weight in BF16 or FP16 stands for all numbers that round to it, which may be half a step apart: it is spread evenly
+over them, so that a quantizer's grid never meets a floating-point one. Of BF16 weights in 8-bit formats only those
+within 8 steps of zero are looked at, which that moves by at most 1/64 of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optimum_qguard.formats import Format, get_format
+from optimum_qguard.formats.scratch import Scratch
+from optimum_qguard.scan.sample import Sample
+
+BINS = 128
+"""Of a histogram, over positions 0 to 1."""
+
+NEAR = 1 / 10
+"""Of the way to the cell's border, within which nearly all weights lie that were quantized before."""
+
+NEAREST_BINS = 4
+
+LEAST_WEIGHTS = 4096
+"""That a tensor must have for anything to be said about it."""
+
+GROUP = 2048
+"""Weights next to each other, whose histograms are compared: equal values there make them differ too much."""
+
+SYMMETRIC_GROUPS = (32, 64, 128)
+"""Whose 4-bit grids are recognised, although their scale is not that which a quantizer would choose again."""
+
+FINE = 100
+"""Steps of formats of 8 bits have more."""
+
+_COARSE_REACH = 8.0  # steps
+_TOGETHER = 4
+_COMPARED = 8  # runs of 256 weights
+_OFF_GRID = 0.1  # steps, on average; 0.25 by chance
+_CHUNK = 1 << 15
+_K_QUANT_WEIGHTS = 1 << 13
+_MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
+_LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
+_CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
+_LEAST_SIDE = 0.02  # of a code book's cell, as a share of absmax
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Some formats whose cells are the same, or nearly so.
+
+    Attributes:
+        label: for people.
+        format: one of them, as `optimum_qguard.formats` calls it.
+        block: how many weights share a scale; 0: a row.
+        steps: from zero to the greatest magnitude, or from the least to the greatest weight if ``ranged``; 0 for a code
+            book or a scale that is searched.
+        ranged: whether the scale is set by the range.
+        shifted: whether the block's least weight is a symbol; otherwise zero is.
+        flat: whether blocks run on from one row to the next.
+    """
+
+    label: str
+    format: str
+    block: int
+    steps: float = 0.0
+    ranged: bool = False
+    shifted: bool = False
+    flat: bool = False
+
+    def fits(self, columns: int) -> bool:
+        """Whether a tensor with so many columns can have this format."""
+        if self.format == "quanto-int4":
+            return columns > 128 and self.block == next((g for g in (128, 96, 64) if columns % g == 0), None)
+        return columns >= 32 if self.block == 0 else self.flat or columns % self.block == 0
+
+
+def _affine(block: int) -> tuple[Cells, ...]:
+    return (
+        Cells(f"4-bit symmetric groups of {block}", "gptq-4", block, 7.5),
+        Cells(f"4-bit asymmetric groups of {block}", "torchao-int4", block, 15, ranged=True, shifted=True),
+        Cells(f"4-bit groups of {block} with an integer zero point", "gptq-4", block, 15, ranged=True),
+    )
+
+
+CELLS = (
+    Cells("int8 rows", "int8-rowwise", 0, 127),
+    Cells("int8 rows of torchao", "torchao-int8", 0, 127.5),
+    Cells("4-bit symmetric rows", "gptq-4", 0, 7.5),
+    Cells("NF4", "nf4", 64, flat=True),
+    Cells("FP4", "fp4", 64, flat=True),
+    Cells("GGUF Q8_0", "gguf-q8_0", 32, 127),
+    Cells("GGUF Q5_0", "gguf-q5_0", 32, 16),
+    Cells("GGUF Q5_1", "gguf-q5_1", 32, 31, ranged=True, shifted=True),
+    Cells("GGUF Q4_0", "gguf-q4_0", 32, 8),
+    *_affine(32),
+    *_affine(64),
+    *_affine(128),
+    Cells("int8 groups of 128", "gptq-8", 128, 127.5),
+    Cells("4-bit asymmetric groups of 96", "quanto-int4", 96, 15, ranged=True, shifted=True),
+    Cells("GGUF Q4_K", "gguf-q4_k", 256),
+    Cells("GGUF Q5_K", "gguf-q5_k", 256),
+    Cells("GGUF Q6_K", "gguf-q6_k", 256),
+)
+"""All that are looked at."""
+
+
+@dataclass
+class Histograms:
+    """Of one tensor, or of a piece of one.
+
+    Attributes:
+        cells: indices into `CELLS` of what it was looked at for, ascending.
+        counts: ``(n_cells, BINS)`` int64; the first bin also counts what is left out.
+        below: ``(n_cells, 3)`` int64, of those below their symbol, where nothing left out is counted: how many are in
+            the nearest `NEAREST_BINS`, how many within `NEAR` of it, and how many there are.
+        chi_square, freedom: ``(n_cells,)`` of how much groups of weights differ in their histograms, and its degrees of
+            freedom; the ratio is 1 where positions are independent.
+        repeated, compared: of some ``compared`` weights that are not zero, how many equal one of the 256 around them.
+        dequantized: ``(3,)`` int64, how many of these lie on a 4-bit symmetric grid of each of `SYMMETRIC_GROUPS`.
+    """
+
+    cells: tuple[int, ...]
+    counts: NDArray[np.int64]
+    below: NDArray[np.int64]
+    chi_square: NDArray[np.float64]
+    freedom: NDArray[np.float64]
+    repeated: int
+    compared: int
+    dequantized: NDArray[np.int64]
+
+    def add(self, other: Histograms) -> None:
+        """Take in another piece of the same tensor."""
+        if other.cells != self.cells:
+            raise ValueError("histograms of different tensors do not add up")
+        self.counts = self.counts + other.counts
+        self.below = self.below + other.below
+        self.chi_square = self.chi_square + other.chi_square
+        self.freedom = self.freedom + other.freedom
+        self.repeated += other.repeated
+        self.compared += other.compared
+        self.dequantized = self.dequantized + other.dequantized
+
+
+def histograms(sample: Sample) -> Histograms | None:
+    """Look where the weights of a sample lie; ``None`` for vectors and tensors too small to say anything about."""
+    rows = sample.rows
+    columns = sample.shape[-1] if len(sample.shape) > 1 else 0
+    if columns == 0 or math.prod(sample.shape) < LEAST_WEIGHTS:
+        return None
+    chosen = [index for index, cells in enumerate(CELLS) if cells.fits(columns)]
+    if not chosen:
+        return None
+    total = Histograms(
+        tuple(chosen),
+        np.zeros((len(chosen), BINS), dtype=np.int64),
+        np.zeros((len(chosen), 3), dtype=np.int64),
+        np.zeros(len(chosen)),
+        np.zeros(len(chosen)),
+        *_repeated(rows),
+    )
+    place = {index: position for position, index in enumerate(chosen)}
+    searched = 0
+    scratch = Scratch()
+    for chunk in _chunks(rows):
+        spread, coarse = _dithered(chunk, scratch)
+        _leave_out_repeated(chunk, spread)
+        with_search = searched < _K_QUANT_WEIGHTS
+        for indices, positions in _positions(chunk, spread, chosen, scratch, coarse=coarse, with_search=with_search):
+            _count(positions, total, [place[index] for index in indices])
+        searched += chunk.numel()
+    return total
+
+
+def _repeated(rows: Tensor) -> tuple[int, int, NDArray[np.int64]]:
+    """`Histograms.repeated`, `Histograms.compared` and `Histograms.dequantized`."""
+    flat = rows.reshape(-1)[: _COMPARED * 256]
+    runs = flat[: flat.numel() // 256 * 256].view(-1, 256)
+    ordered = runs.sort(1).values
+    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).sum())
+    compared, on_grid = int(torch.count_nonzero(runs)), np.zeros(len(SYMMETRIC_GROUPS), dtype=np.int64)
+    if repeated > compared / 4:
+        for index, group in enumerate(SYMMETRIC_GROUPS):
+            blocks = runs.reshape(-1, group).float()
+            # Symbols are -8 to 7, and a block's greatest weight became one of the two.
+            units = [blocks * (end / blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)) for end in (7, 8)]
+            off = torch.stack([(of - of.round()).abs().mean(1) for of in units]).amin(0)
+            on_grid[index] = group * int((off < _OFF_GRID).sum())
+    return repeated, compared, on_grid
+
+
+def _chunks(rows: Tensor) -> Iterator[Tensor]:
+    """Ranges of rows that fit the cache and end where blocks do."""
+    columns = rows.shape[1]
+    unit = 256 // math.gcd(columns, 256)
+    step = max(1, _CHUNK // (unit * columns)) * unit
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def _dithered(rows: Tensor, scratch: Scratch) -> tuple[Tensor, bool]:
+    """The weights in float32, each moved to a random one of the numbers that round to it; and whether they were BF16.
+
+    Also where a 16-bit model was stored in 32 bits: a float32 whose last 16 bits are all zero is taken for a BF16, one
+    whose last 13 bits are for an FP16. Of others, one in thousands is moved by 2⁻¹¹ of itself, which changes nothing.
+    """
+    weights = scratch.like(rows, "dithered").copy_(rows)
+    bits = weights.view(torch.int32)
+    coarse = rows.dtype == torch.bfloat16
+    if coarse:
+        bits += _noise(bits.numel(), 16).view_as(bits)
+    elif rows.dtype == torch.float16:
+        bits += _noise(bits.numel(), 13).view_as(bits)
+    else:
+        last = bits & 0x1FFF
+        if int(torch.count_nonzero(last)) < 0.999 * last.numel():
+            is_16 = last == 0
+            is_bfloat16 = is_16 & ((bits & 0xFFFF) == 0)
+            noise = torch.where(is_16, _noise(bits.numel(), 13).view_as(bits), 0)
+            # Many FP16 numbers are BF16 numbers too: only where most are, it is a BF16 model.
+            coarse = int(is_bfloat16.sum()) > 0.5 * int(is_16.sum())
+            bits += torch.where(is_bfloat16, _noise(bits.numel(), 16).view_as(bits), noise) if coarse else noise
+    return torch.where(rows == 0, 0, weights), coarse
+
+
+@cache
+def _all_noise(bits: int) -> Tensor:
+    generator = torch.Generator().manual_seed(bits)
+    return torch.randint(-(1 << bits) // 2, (1 << bits) // 2, (2 * _CHUNK,), dtype=torch.int32, generator=generator)
+
+
+def _noise(count: int, bits: int) -> Tensor:
+    noise = _all_noise(bits)
+    return noise[:count] if count <= len(noise) else noise.repeat(-(-count // len(noise)))[:count]
+
+
+def _leave_out_repeated(rows: Tensor, spread: Tensor) -> None:
+    """Set rows that are there already (unused tokens of a vocabulary, for instance) to zero in ``spread``."""
+    if len(rows) < 2 or rows.shape[1] * rows.element_size() < 8:
+        return
+    keys = rows[:, : 8 // rows.element_size()].contiguous().view(torch.int64).squeeze(1)
+    ordered, order = keys.sort(stable=True)
+    repeated = order[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        spread[repeated] = 0
+
+
+def _positions(
+    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, with_search: bool
+) -> Iterator[tuple[list[int], Tensor]]:
+    """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
+    (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
+    by_block: dict[int, list[int]] = {}
+    for index in chosen:
+        by_block.setdefault(CELLS[index].block, []).append(index)
+    for block, indices in by_block.items():
+        width = block or rows.shape[1]
+        usable = spread.numel() - spread.numel() % width
+        blocks = spread.reshape(-1)[:usable].view(-1, width)
+        stored = rows.reshape(-1)[:usable].view(-1, width)
+        if not len(blocks):
+            continue
+        if block == 256:
+            if with_search:
+                count = max(1, _K_QUANT_WEIGHTS // 256)
+                for index in indices:
+                    yield [index], _searched(stored[:count], blocks[:count], get_format(CELLS[index].format))
+            continue
+        low, high = stored.amin(1, keepdim=True).float(), stored.amax(1, keepdim=True).float()
+        even = [index for index in indices if CELLS[index].steps]
+        if even:
+            yield even, _on_even_grids(blocks, low, high, even, scratch, coarse=coarse)
+        for index in indices:
+            if not CELLS[index].steps:
+                yield [index], _in_code_book(blocks, torch.maximum(-low, high), CELLS[index].format, scratch)
+
+
+def _on_even_grids(
+    blocks: Tensor, low: Tensor, high: Tensor, indices: list[int], scratch: Scratch, *, coarse: bool
+) -> Tensor:
+    """`_positions` on grids of equal steps; ``low`` and ``high`` ``(n_blocks, 1)`` are the blocks' extremes."""
+    absmax, zero = torch.maximum(-low, high), torch.zeros_like(low)
+    widths = {
+        "range": high - low,
+        "absmax": absmax,
+        "half": absmax.half().float(),  # as bitsandbytes stores it
+    }
+    inverse, offset = [], []
+    for index in indices:
+        cells = CELLS[index]
+        width = widths["range" if cells.ranged else "half" if cells.format == "int8-rowwise" else "absmax"]
+        inverse.append(cells.steps / width)
+        offset.append(low if cells.shifted else zero)
+    steps = torch.stack(inverse)
+    reach = torch.full((len(indices), 1, 1), torch.inf)
+    if coarse:
+        reach[[CELLS[index].steps >= FINE for index in indices]] = _COARSE_REACH
+    # In the weights' units: no limit becomes the block's extreme value.
+    return _placed(
+        blocks,
+        steps,
+        torch.stack(offset),
+        torch.maximum(low, -(reach + 1) / steps),
+        torch.minimum(high, (reach + 1) / steps),
+        scratch,
+    )
+
+
+def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
+    """``inverse`` steps ``(n_formats, n_blocks, 1)``, 0 where a block's weights are mostly within a step of zero."""
+    magnitude = torch.abs(blocks, out=scratch.like(blocks, "magnitude"))
+    units = scratch.like(blocks.expand(len(inverse), *blocks.shape), "units")
+    saturated = torch.mul(magnitude, inverse, out=units).clamp_(max=1).mean(-1, keepdim=True)
+    return torch.where(saturated > _LEAST_SPREAD, inverse, 0)
+
+
+def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> Tensor:
+    """Places on grids of given ``inverse`` steps and ``offset``, ``(n_formats, n_blocks, 1)``."""
+    bins = 2.0 * BINS
+    shape = (len(inverse), *blocks.shape)
+    inverse = _spread_enough(blocks, inverse, scratch)
+    # A whole number of steps, so that what is clamped comes to lie on a symbol.
+    least = ((low - offset) * inverse).ceil_().add_(1).mul_(bins).sub_(0.5)
+    greatest = ((high - offset) * inverse).floor_().sub_(1).mul_(bins).sub_(0.5)
+    inverse = inverse * bins
+    units = scratch.like(blocks.expand(shape), "units")
+    torch.addcmul(-offset * inverse - 0.5, blocks, inverse, out=units)
+    # Not clamp: with bounds that are tensors it takes several times as long.
+    torch.minimum(torch.maximum(units, least, out=units), greatest, out=units)
+    # Zero's cell is left out, since weights may be small for reasons of their own. Half a bin was subtracted already.
+    for units_of, offset_of in zip(units, offset, strict=True):
+        if not offset_of.any():
+            torch.ops.aten.hardshrink.out(units_of, BINS - 0.5, out=units_of)
+    # The addition rounds to a whole number, half to even: what is clamped goes to bin 0.
+    places = units.add_(_MAGIC).view(torch.int32)
+    return places.bitwise_and_(2 * BINS - 1).view(len(inverse), -1)
+
+
+def _searched(stored: Tensor, blocks: Tensor, format: Format) -> Tensor:
+    """`_positions` for a K-quant, whose scales only its own search knows."""
+    sub_blocks = format.blocks(stored)
+    grid = format.grid(sub_blocks)
+    weights = blocks.reshape(sub_blocks.shape)
+    offset = torch.zeros_like(grid.scale) if grid.offset is None else grid.offset
+    ends = torch.stack([grid.alphabet[0] * grid.scale, grid.alphabet[-1] * grid.scale]) + offset
+    low, high = ends.amin(0), ends.amax(0)
+    low = torch.maximum(low, weights.amin(1, keepdim=True))
+    high = torch.minimum(high, weights.amax(1, keepdim=True))
+    return _placed(weights, 1 / grid.scale.abs()[None], offset[None], low, high, Scratch())
+
+
+def _in_code_book(blocks: Tensor, absmax: Tensor, format: str, scratch: Scratch) -> Tensor:
+    """`_positions` between the symbols of a code book."""
+    inverse = _spread_enough(blocks, 1 / (_CODE_BOOK_STEP * absmax)[None], scratch)[0] * (_CODE_BOOK_STEP * 32767)
+    units = torch.mul(blocks, inverse, out=scratch.like(blocks, "units"))
+    index = units.clamp_(-32767, 32767).add_(_MAGIC).view(torch.int32).bitwise_and_(0xFFFF)
+    return _code_book(format).index_select(0, index.view(-1)).view(1, -1)
+
+
+@cache
+def _code_book(format: str) -> Tensor:
+    """Places for each of 2¹⁶ numbers from -1 to 1, negative ones after the positive ones. 0 in an end symbol's cell,
+    and on sides too narrow to be told apart."""
+    grid = get_format(format).grid(torch.ones(1, 64))
+    numbers = np.arange(1 << 16)
+    units = np.where(numbers < 1 << 15, numbers, numbers - (1 << 16)) / 32767
+    alphabet, edges = grid.alphabet.double().numpy(), grid.edges.double().numpy()
+    symbol = np.searchsorted(edges[1:-1], units)
+    right = units >= alphabet[symbol]
+    side = np.where(right, edges[symbol + 1] - alphabet[symbol], alphabet[symbol] - edges[symbol])
+    inner = (symbol > 0) & (symbol < len(alphabet) - 1) & (alphabet[symbol] != 0) & (side > _LEAST_SIDE)
+    place = np.minimum(np.abs(units - alphabet[symbol]) / np.maximum(side, 1e-9) * BINS, BINS - 1).astype(np.int32)
+    return torch.from_numpy(np.where(inner, np.where(right, place, 2 * BINS - 1 - place), 0).astype(np.int32))
+
+
+def _count(places: Tensor, total: Histograms, at: list[int]) -> None:
+    """Add what `_positions` found of the formats ``at`` these indices of ``total``."""
+    formats, n = places.shape
+    groups = max(1, n // GROUP)
+    first = torch.arange(0, formats * groups * 2 * BINS, 2 * BINS, dtype=torch.int32).view(formats, groups, 1)
+    whole = min(n, groups * GROUP)
+    places[:, :whole].view(formats, groups, -1).add_(first)
+    places[:, whole:].add_(first[:, -1])
+    found = torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+    by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
+    below = found[..., BINS:].sum(1)
+    total.counts[at] += by_group.sum(1).numpy()
+    parts = [below[:, -NEAREST_BINS:], below[:, -round(NEAR * BINS) :], below]
+    total.below[at] += torch.stack([part.sum(1) for part in parts], dim=1).numpy()
+    # Some bins taken together: there are too few weights in one. The first bin holds what is left out.
+    inner = by_group.view(formats, groups, -1, _TOGETHER)[:, :, 1:].sum(3, dtype=torch.float32)
+    of_group, of_bins = inner.sum(2, keepdim=True), inner.sum(1, keepdim=True)
+    of_all = of_bins.sum(2).flatten()
+    # Σ (O - E)² / E with E = (the group's sum) (the bins' sum) / total.
+    chi_square = (inner.square() / (of_group * of_bins).clamp_(min=1)).sum((1, 2)) * of_all - of_all
+    filled_bins, filled_groups = (of_bins > 0).sum(2).flatten(), (of_group > 0).sum(1).flatten()
+    total.chi_square[at] += chi_square.double().numpy()
+    total.freedom[at] += ((filled_bins - 1).clamp_(min=0) * (filled_groups - 1).clamp_(min=0)).double().numpy()
