@@ -27,7 +27,7 @@ def command(
     full: Annotated[bool, typer.Option("--full", help="Look at every weight, not a sample.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds that a scan may take.")] = 1800,
     memory_limit: Annotated[float, typer.Option(help="GiB of memory that a scan may take.")] = 4,
-    attempts: Annotated[int, typer.Option(help="How often a scan, or posting it, is tried.")] = 4,
+    attempts: Annotated[int, typer.Option(help="How often a scan, or posting it, is tried.")] = 8,
     retry_delay: Annotated[
         float, typer.Option(help="Seconds before the second attempt; doubled for each further one.")
     ] = 30,

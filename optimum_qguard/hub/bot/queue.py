@@ -149,7 +149,7 @@ class JobQueue:
     def add(
         self, repository: str, revision: str, *, full: bool = False, origin: Origin = "webhook"
     ) -> tuple[int, bool]:
-        """Queue a commit. One that a webhook named before is not queued again, whatever became of it.
+        """Queue a commit. One that a webhook named before is not queued again, unless it was given up.
 
         Returns:
             The job's number, and whether it is new.
@@ -158,11 +158,15 @@ class JobQueue:
         with self._transaction() as connection:
             if origin == "webhook":
                 known = connection.execute(
-                    "SELECT id FROM jobs WHERE origin = 'webhook' AND repository = ? AND revision = ?",
+                    "SELECT id, state FROM jobs WHERE origin = 'webhook' AND repository = ? AND revision = ?",
                     (repository, revision),
                 ).fetchone()
+                if known is not None and known["state"] == "failed":
+                    connection.execute(
+                        "UPDATE jobs SET state = 'queued', attempts = 0, next_try = ? WHERE id = ?", (now, known["id"])
+                    )
                 if known is not None:
-                    return known["id"], False
+                    return known["id"], known["state"] == "failed"
             cursor = connection.execute(
                 "INSERT INTO jobs (repository, revision, full, origin, state, next_try, created)"
                 " VALUES (?, ?, ?, ?, 'queued', ?, ?)",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from optimum_qguard.hub.bot.errors import ScanFailed
+from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.settings import READ_TOKEN_VARIABLE, SECRET_VARIABLE
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ScanProcess:
 
         Raises:
             ScanFailed: it could not be scanned, took too long or too much memory, or was ended.
+            ScannerUnavailable: the process cannot be started.
         """
         from optimum_qguard.scan.report import ScanReport
 
@@ -120,9 +121,9 @@ class ScanProcess:
         self._scans = 0
         try:
             self._receive(_START_LIMIT, stop)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ScanFailed) as error:
             self.close()
-            raise ScanFailed("the scanning process did not start") from error
+            raise ScannerUnavailable("the scanning process does not start") from error
 
     def _receive(self, seconds: float, stop: threading.Event) -> bytes:
         assert self._connection is not None

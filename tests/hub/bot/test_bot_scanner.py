@@ -12,7 +12,7 @@ import pytest
 from bot_process import checkpoint, is_alive
 from hub_server import TOKEN, HubServer
 
-from optimum_qguard.hub.bot.errors import ScanFailed
+from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.scanner import Limits, ScanProcess
 from optimum_qguard.scan.report import ScanReport
 
@@ -102,3 +102,10 @@ def test_no_token_by_default(bots_hub: HubServer, process: ScanProcess) -> None:
     process._token = None
     with pytest.raises(ScanFailed, match="no such repository, or it is private"):
         scan(process, "org/secret", commit)
+
+
+def test_a_process_that_does_not_start_is_nobodys_fault(process: ScanProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    process.close()
+    monkeypatch.setattr("optimum_qguard.hub.bot.scanner._START_LIMIT", 0.1)
+    with pytest.raises(ScannerUnavailable, match="the scanning process does not start"):
+        scan(process, "org/model", "0" * 40)

@@ -31,7 +31,7 @@ def queue(path: Path) -> Iterator[JobQueue]:
     opened.close()
 
 
-def test_a_commit_is_queued_once_whatever_becomes_of_it(queue: JobQueue) -> None:
+def test_a_commit_is_queued_once(queue: JobQueue) -> None:
     number, new = queue.add("org/model", COMMIT)
     assert new
     assert queue.add("org/model", COMMIT) == (number, False)
@@ -120,6 +120,11 @@ def test_retries_wait_longer_each_time_and_end(queue: JobQueue, path: Path) -> N
     assert failed is not None
     assert (failed.state, failed.reason) == ("failed", "reason 2")
     assert queue.claim() is None
+    # Sent again, it is tried again.
+    assert queue.add("org/model", COMMIT) == (number, True)
+    job = queue.claim()
+    assert job is not None
+    assert job.attempts == 1
 
 
 def test_given_back_it_has_lost_no_attempt(queue: JobQueue) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.metrics import Metrics
 from optimum_qguard.hub.bot.queue import Job, JobQueue, Origin
+from optimum_qguard.hub.bot.scanner import ScanProcess
 from optimum_qguard.hub.bot.settings import BotSettings
 from optimum_qguard.hub.bot.worker import Workers
 from optimum_qguard.scan.report import ScanReport
@@ -116,3 +118,19 @@ def test_what_has_ended_the_bot_again_and_again_is_given_up(
     assert work(attempts=2).posted == []
     assert job(queue, number).state == "failed"
     assert job(queue, number).reason == "the bot itself ended while it worked on this"
+
+
+def test_commits_wait_while_nothing_can_be_scanned(
+    queue: JobQueue, work: Callable[..., Posts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = add(queue, "org/model", None)
+    failures = iter([ScannerUnavailable("no memory")] * 5 + [ScanFailed("it is gone")] * 2)
+
+    def scan(*_: Any, **__: Any) -> ScanReport:
+        raise next(failures)
+
+    monkeypatch.setattr(ScanProcess, "scan", scan)
+    work(attempts=2)
+    assert (job(queue, number).state, job(queue, number).attempts) == ("failed", 2)
+    assert job(queue, number).reason == "it is gone"
+    assert list(failures) == []
