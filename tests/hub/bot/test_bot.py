@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import urllib.request
 
 from bot_process import SECRET, BotProcess, checkpoint, event
 from hub_server import HubServer
@@ -78,6 +80,15 @@ def test_posting_is_tried_again_without_another_scan(bots_hub: HubServer, bot: B
     bot.wait(lambda: bot.idle)
     assert bot.metric("qguard_bot_scan_seconds_count") == scans + 1
     assert bot.metric('qguard_bot_failures_total{step="post"}') == 1
+
+
+def test_no_address_takes_large_bodies(bot: BotProcess) -> None:
+    body = json.dumps({"data": ["x" * (8 << 20)], "fn_index": 0, "session_hash": "x"}).encode()
+    for path in ("queue/join", "run/scan", "reset"):
+        request = urllib.request.Request(f"{bot.url}/gradio_api/{path}", body, {"Content-Type": "application/json"})
+        with contextlib.suppress(OSError):  # it hung up
+            assert bot.request(request)[0] >= 400
+    assert bot.answers
 
 
 def test_health_and_metrics(bot: BotProcess) -> None:
