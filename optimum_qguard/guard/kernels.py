@@ -1,4 +1,4 @@
-"""Stochastic rounding and Gaussian noise, compiled with numba: what `noise` defines in some ten passes, in one.
+"""Stochastic rounding and noise, compiled with numba: what `noise` defines in some ten passes, in one.
 
 Bit for bit the same, because these are the same float32 operations in the same order, and numba fuses none of them.
 Kernels run without the interpreter's lock, so that threads can share a tensor.
@@ -29,23 +29,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def can_move(method: str, grid: Grid, blocks: Tensor) -> bool:
-    """Whether `move` knows how: contiguous ``blocks`` on the CPU; Gaussian noise, or stochastic rounding to integers
-    without offset or onto at most 16 symbols."""
+    """Whether `move` knows how: contiguous ``blocks`` on the CPU; noise, or stochastic rounding to integers without
+    offset or onto at most 16 symbols."""
     if blocks.device.type != "cpu" or blocks.dtype not in DTYPES or not blocks.is_contiguous():
         return False
     few = grid.is_uniform or len(grid.alphabet) <= _MOST_SYMBOLS
-    return method == "gaussian" or (method == "stochastic" and grid.offset is None and few)
+    return method != "stochastic" or (grid.offset is None and few)
 
 
-def move(blocks: Tensor, result: Tensor, grid: Grid, stream: RandomStream, amplitude: float | None) -> None:
+def move(
+    blocks: Tensor, result: Tensor, grid: Grid, method: str, stream: RandomStream, amplitude: float | Tensor | None
+) -> None:
     """Randomize a tensor, in as many threads as torch uses.
 
     Args:
         blocks: ``(n_blocks, block_size)``, see `can_move`.
         result: where the moved blocks go; contiguous, float32, bfloat16 or float16.
         grid: of the blocks.
+        method: ``"stochastic"``, ``"gaussian"`` or ``"uniform"``.
         stream: the tensor's random bits.
-        amplitude: standard deviation of Gaussian noise, in the weight's units; ``None`` rounds stochastically.
+        amplitude: of noise, in the weight's units; of uniform noise also each block's, ``(n_blocks, 1)`` float32.
     """
     parts = list(block_ranges(blocks))
     threads = min(torch.get_num_threads(), _MOST_THREADS, len(parts))
@@ -53,6 +56,7 @@ def move(blocks: Tensor, result: Tensor, grid: Grid, stream: RandomStream, ampli
     low, high = (np.float32(end) for end in grid.ends)
     alphabet = tuple(grid.alphabet.tolist())
     keep = not grid.keeps_extremes
+    wide = None if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32).expand(len(blocks), 1)
 
     def run(thread: int) -> None:
         own = stream.fork()
@@ -60,9 +64,10 @@ def move(blocks: Tensor, result: Tensor, grid: Grid, stream: RandomStream, ampli
             values, out = array(blocks[part]), array(result[part])
             words = own.words(part.start * blocks.shape[1], values.size).numpy().reshape(values.shape)
             inverse, scale = inverses[part, 0].numpy(), scales[part, 0].numpy()
-            if amplitude is not None:
-                quantiles = normal_quantiles().numpy()
-                _add_normal(values, words.view(np.uint16), quantiles, np.float32(amplitude), out)
+            if wide is not None and method == "gaussian":
+                _add_normal(values, words.view(np.uint16), normal_quantiles().numpy(), np.float32(amplitude), out)
+            elif wide is not None:
+                _add_uniform(values, words, wide[part, 0].numpy(), out)
             elif grid.is_uniform:
                 _round_to_integers(values, words, inverse, scale, low, high, keep, out)
             else:
@@ -152,6 +157,24 @@ def _round_to_symbols(alphabet: tuple[float, ...]) -> Callable[..., None]:
                 out[block, index] = from_float(moved, out[block, index])
 
     return kernel
+
+
+@_compiled
+def _add_uniform(values: Any, words: Any, amplitudes: Any, out: Any) -> None:
+    """Uniform noise.
+
+    Args:
+        values: ``(n_blocks, block_size)``.
+        words: as many random int16.
+        amplitudes: ``(n_blocks,)`` float32, half the noise's range.
+        out: shaped like ``values``.
+    """
+    two, one = np.float32(2), np.float32(1)
+    for block in range(values.shape[0]):
+        for index in range(values.shape[1]):
+            uniform = _CENTRE + np.float32(words[block, index]) * _SPACING
+            moved = to_float(values[block, index]) + (uniform * two - one) * amplitudes[block]
+            out[block, index] = from_float(moved, out[block, index])
 
 
 @_compiled

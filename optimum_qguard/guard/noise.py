@@ -14,8 +14,6 @@ Three ways to randomize the rounding of a weight ``w`` in a cell of half-width `
 from __future__ import annotations
 
 import importlib
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -32,7 +30,6 @@ COMPILED_FROM = 1 << 22
 """Weights in a tensor. In a model that has none so large the compiled `kernels` would gain less than numba takes to
 start, half a second once a process."""
 
-_HUGE_PAGES_FROM = 1 << 25  # glibc returns larger ones to the system when they are freed
 _SAMPLED_WEIGHTS = 1 << 14
 
 
@@ -112,7 +109,7 @@ def draw(
             f"{weight.dtype} weights: use method='auto' or 'gaussian'"
         )
     blocks = format.blocks(weight)
-    result = _empty(blocks.shape, dtype or weight.dtype, weight.device)
+    result = torch.empty(blocks.shape, dtype=dtype or weight.dtype, device=weight.device)
     changed = sampled = 0
     if weight.numel():
         grid = format.grid(blocks)
@@ -122,14 +119,18 @@ def draw(
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
         if amplitude is None and not (own and half_widths is not None) and method != "stochastic":
             raise ValueError(f"{method} noise needs an amplitude")
-        kernels = None if own else _kernels(blocks.numel())
+        of_blocks = grid.scale.abs() / 2 * (half_widths or 0) if own and grid.is_uniform else None
+        kernels = _kernels(blocks.numel()) if not own or (of_blocks is not None and method == "uniform") else None
         if kernels is not None and kernels.can_move(method, grid, blocks):
-            kernels.move(blocks, result, grid, stream, amplitude if method == "gaussian" else None)
+            kernels.move(blocks, result, grid, method, stream, amplitude if of_blocks is None else of_blocks)
         else:
             scratch = scratch or Scratch()
             for part in block_ranges(blocks):
                 values = scratch.like(blocks[part], "values").copy_(blocks[part])
-                wide = _own_half_widths(format, grid[part], blocks[part]) * (half_widths or 0) if own else amplitude
+                wide = amplitude if of_blocks is None else of_blocks[part]
+                if own and of_blocks is None:
+                    codes = format.encode(blocks[part], grid[part])
+                    wide = grid[part].half_widths(codes) * (half_widths or 0)
                 result[part] = _move(values, grid[part], method, stream, part.start * blocks.shape[1], wide, scratch)
         # Odd, because rows that stand at the same place in each attention head are alike.
         sample = slice(None, None, blocks.numel() // _SAMPLED_WEIGHTS | 1)
@@ -137,18 +138,6 @@ def draw(
         sampled = blocks[sample].numel()
     share = changed / sampled if sampled else 0.0
     return Draw(format.unblock(result, weight.shape), amplitude, share, sampled)
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``. What the allocator would not keep for the next tensor comes in huge pages where the system has
-    them: the first touch of many small ones takes longer than drawing."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _kernels(numel: int) -> ModuleType | None:
@@ -183,13 +172,6 @@ def _move(
         stream.uniform(start, noise).mul_(2).sub_(1)
     # Not `add_(alpha=)`, which rounds once or twice depending on the processor.
     return values.add_(noise.mul_(amplitude))
-
-
-def _own_half_widths(format: Format, grid: Grid, blocks: Tensor) -> Tensor:
-    """Of each weight's cell, broadcastable to ``blocks``."""
-    if grid.is_uniform:
-        return grid.scale.abs() / 2
-    return grid.half_widths(format.encode(blocks, grid))
 
 
 def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) -> int:

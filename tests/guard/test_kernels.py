@@ -91,19 +91,21 @@ def test_stochastic_rounding(name: str, dtype: torch.dtype, data: st.DataObject,
     assert pair[0].share_changed == pair[1].share_changed
 
 
+@pytest.mark.parametrize("method", ["gaussian", "uniform"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=10)
 @given(data=st.data(), seed=st.integers(0, 2**256 - 1), amplitude=st.floats(0, 100))
-def test_gaussian_noise(dtype: torch.dtype, data: st.DataObject, seed: int, amplitude: float) -> None:
+def test_noise(method: Method, dtype: torch.dtype, data: st.DataObject, seed: int, amplitude: float) -> None:
     format = get_format(data.draw(st.sampled_from(["quanto-int8", "quanto-int4", "gptq-4", "torchao-float8"])))
     weight = data.draw(weights(format, dtype))
-    pair = [
-        draw_with(compiled, weight, format, "gaussian", seed, dtype, amplitude=amplitude) for compiled in (True, False)
-    ]
+    options: dict[str, Any] = {"amplitude": amplitude}
+    if method == "uniform" and data.draw(st.booleans()):
+        options = {"half_widths": data.draw(st.sampled_from([0.5, 1.0])), "per_cell": True}
+    pair = [draw_with(compiled, weight, format, method, seed, dtype, **options) for compiled in (True, False)]
     assert_same(pair[0].weight, pair[1].weight)
 
 
-@pytest.mark.parametrize("method", ["stochastic", "gaussian"])
+@pytest.mark.parametrize("method", ["stochastic", "gaussian", "uniform"])
 @pytest.mark.parametrize("name", ["int8-rowwise", "nf4"])
 def test_threads_and_pieces_do_not_matter(name: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(67, 1055, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -177,12 +179,3 @@ def test_without_a_folder_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
     values = np.ones(3, np.float32)
     kernels._compiled(double)(values)
     assert values.tolist() == [2, 2, 2]
-
-
-def test_huge_pages_hold_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(64, 256).bfloat16()
-    expected = draw_with(True, weight, get_format("nf4"), "stochastic", 3, torch.float32)
-    monkeypatch.setattr(noise, "_HUGE_PAGES_FROM", 0)
-    drawn = draw_with(True, weight, get_format("nf4"), "stochastic", 3, torch.float32)
-    assert_same(drawn.weight, expected.weight)
-    assert drawn.weight.add_(1).mean() > 0.5
