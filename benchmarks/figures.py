@@ -62,7 +62,7 @@ def figures(result: Mapping[str, Any]) -> str:
     return f"{table(result['rows'])}\nMeasured {result['date']} on {measured}.\n"
 
 
-_NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto")
+_NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "llmcompressor")
 
 
 def full_table(rows: Rows) -> str:
@@ -191,10 +191,17 @@ def undo_table(rows: Rows) -> str:
     return _markdown(["recipe", "who", "mode", "BF16", *formats], body)
 
 
+def compressor_table(rows: Rows) -> str:
+    """Divergence only."""
+    shown = ("recipe", "original", "encrypted")
+    return _markdown(shown, [[row[column] for column in shown] for row in rows])
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "outliers": outliers_table,
     "collapse_matrix": collapse_table,
     "undo": undo_table,
+    "llm_compressor": compressor_table,
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,
