@@ -334,7 +334,7 @@ def _even_grids(
         reach.append(_COARSE_REACH + 1 if coarse and cells.steps >= FINE else torch.inf)
     steps = torch.stack(inverse)
     # In the weights' units: no limit becomes the block's extreme value.
-    limit = torch.tensor(reach)[:, None] / steps
+    limit = (torch.tensor(reach)[:, None] / steps).nan_to_num_(nan=torch.inf, posinf=torch.inf)
     parts = steps, torch.stack(offset), torch.maximum(low, -limit), torch.minimum(high, limit)
     first, second, third, fourth = (part.repeat_interleave(in_block, dim=1).unsqueeze(2) for part in parts)
     return first, second, third, fourth
@@ -345,7 +345,7 @@ def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
     magnitude = torch.abs(blocks, out=scratch.like(blocks, "magnitude"))
     units = scratch.like(blocks.expand(len(inverse), *blocks.shape), "units")
     saturated = torch.mul(magnitude, inverse, out=units).clamp_(max=1).mean(-1, keepdim=True)
-    return torch.where(saturated > _LEAST_SPREAD, inverse, 0)
+    return torch.where((saturated > _LEAST_SPREAD) & inverse.isfinite(), inverse, 0)
 
 
 def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> Tensor:
@@ -378,8 +378,10 @@ def _searched(stored: Tensor, blocks: Tensor, format: Format) -> Tensor:
     offset = torch.zeros_like(grid.scale) if grid.offset is None else grid.offset
     ends = torch.stack([grid.alphabet[0] * grid.scale, grid.alphabet[-1] * grid.scale]) + offset
     low, high = ends.amin(0), ends.amax(0)
-    low = torch.maximum(low, weights.amin(1, keepdim=True))
-    high = torch.minimum(high, weights.amax(1, keepdim=True))
+    # Scales that do not fit in float16 are infinite, or not even numbers.
+    low = torch.maximum(low.nan_to_num_(0), weights.amin(1, keepdim=True))
+    high = torch.minimum(high.nan_to_num_(0), weights.amax(1, keepdim=True))
+    offset = offset.nan_to_num(0)
     return _placed(weights, 1 / grid.scale.abs()[None], offset[None], low, high, Scratch())
 
 

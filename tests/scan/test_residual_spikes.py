@@ -129,8 +129,10 @@ def test_a_short_training_after_quantization_is_no_attack(tmp_path: Path, format
         weights()[:1].repeat(64, 1),
         torch.eye(512),
         torch.sign(weights()) * 0.02,
+        weights() * 1e-30,
+        weights() * 1e30,
     ],
-    ids=["zeros", "ones", "pruned", "outlier columns", "one row", "identity", "signs"],
+    ids=["zeros", "ones", "pruned", "outlier columns", "one row", "identity", "signs", "tiny", "huge"],
 )
 def test_odd_tensors_raise_no_alarm(tmp_path: Path, odd: Tensor) -> None:
     assert not alarms(report_on(tmp_path, {**clean(2), "odd.weight": odd}))
