@@ -16,7 +16,7 @@ from typing import Any
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt", "scan")))
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,7 +62,7 @@ def figures(result: Mapping[str, Any]) -> str:
     return f"{table(result['rows'])}\nMeasured {result['date']} on {measured}.\n"
 
 
-_NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto")
+_NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "llmcompressor")
 
 
 def full_table(rows: Rows) -> str:
@@ -191,10 +191,38 @@ def undo_table(rows: Rows) -> str:
     return _markdown(["recipe", "who", "mode", "BF16", *formats], body)
 
 
+def compressor_table(rows: Rows) -> str:
+    """Divergence only."""
+    shown = ("recipe", "original", "encrypted")
+    return _markdown(shown, [[row[column] for column in shown] for row in rows])
+
+
+def accuracy_table(rows: Rows) -> str:
+    """Specimens down; how many of the quick scans raised the alarm, and what the deep one said."""
+    head = ["checkpoint", "is", "quick scans with an alarm", "verdict", "found by", "deep scan", "found by"]
+    return _markdown(
+        head,
+        [
+            [
+                row["specimen"],
+                row["kind"],
+                f"{row['alarms']} of {row['quick scans']}",
+                row["verdict"],
+                row["detectors"],
+                row["deep verdict"] or "",
+                row["deep detectors"] or "",
+            ]
+            for row in rows
+        ],
+    )
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "scan_accuracy": accuracy_table,
     "outliers": outliers_table,
     "collapse_matrix": collapse_table,
     "undo": undo_table,
+    "llm_compressor": compressor_table,
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,

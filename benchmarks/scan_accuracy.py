@@ -156,11 +156,14 @@ def main() -> None:
         )
     print_table([{name: value for name, value in row.items() if name != "reason"} for row in rows])
     curves = roc(scans)
-    for row in rows:
-        row["curves"] = None
-    rows[0]["curves"] = curves
     write("scan_accuracy", rows, arguments.output)
-    plot(curves, arguments.output.with_suffix(".png"))
+    points = [
+        {"detector": name, "alpha": alpha, "false alarms": false, "found": found}
+        for name, curve in curves.items()
+        for alpha, false, found in curve
+    ]
+    write("scan_roc", points, arguments.output.with_name("scan_roc.json"))
+    plot(curves, arguments.output.with_name("scan_roc.png"))
 
 
 def _previous(output: Path) -> list[Row]:

@@ -23,7 +23,7 @@ from random_llama import ONE_BILLION, TINY, random_llama
 from optimum_qguard.checkpoint import open_checkpoint
 from optimum_qguard.evaluate import smollm2_path
 from optimum_qguard.evaluate.cache import cache_folder
-from optimum_qguard.scan.detectors.residual_spikes import FORMATS
+from optimum_qguard.scan.residuals import CELLS
 from optimum_qguard.scan.scanner import scan
 
 MODELS: dict[str, Callable[[], Path]] = {
@@ -53,7 +53,7 @@ def measure(name: str, folder: Path, repeats: int) -> list[dict[str, object]]:
         max(1, repeats // 2),
     )
     everything = time_of(partial(scan, folder, full=True))
-    formats = len(FORMATS)
+    formats = len(CELLS)
     return [
         row(name, "quick", "SHA-256", times.median("scan"), times.median("reference"), times.ratio("scan", "reference"))
         | {"peak MB": peak(partial(scan, folder))},
@@ -96,9 +96,10 @@ def sha256(folder: Path) -> None:
 
 def quantize(folder: Path) -> None:
     """Every matrix to int8, one after the other, as bitsandbytes does it while loading."""
-    for _, tensor in open_checkpoint(folder).items():
-        if tensor.ndim == 2:
-            functional.int8_vectorwise_quant(tensor.to(torch.float16))
+    reader = open_checkpoint(folder)
+    for name, info in reader.tensors.items():
+        if len(info.shape) == 2:
+            functional.int8_vectorwise_quant(reader.read(name).to(torch.float16))
 
 
 def peak(function: Callable[[], object]) -> float:
@@ -122,23 +123,24 @@ def start_up(repeats: int = 5) -> list[dict[str, object]]:
     """Commands in processes of their own, against importing torch."""
     tiny = random_llama(cache_folder() / "random-llama-tiny", TINY)
     commands = {
-        "qguard --help": ["-m", "optimum_qguard.cli", "--help"],
-        "qguard scan, nearly nothing": ["-m", "optimum_qguard.cli", "scan", str(tiny)],
+        "qguard --help": ["--help"],
+        "qguard scan, nearly nothing": ["scan", str(tiny)],
     }
-    reference = ["-c", "import torch"]
+    qguard = str(Path(sys.executable).with_name("qguard"))
+    reference = [sys.executable, "-c", "import torch"]
     rows = []
     for name, command in commands.items():
         seconds: dict[str, list[float]] = {"scan": [], "reference": []}
         for _ in range(repeats):
-            seconds["scan"].append(time_of(partial(run, command)))
+            seconds["scan"].append(time_of(partial(run, [qguard, *command])))
             seconds["reference"].append(time_of(partial(run, reference)))
         rows.append(row("start-up", name, "import torch", median(seconds["scan"]), median(seconds["reference"]), None))
     return rows
 
 
-def run(arguments: list[str]) -> None:
-    """Python with these arguments."""
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
+def run(command: list[str]) -> None:
+    """A process of its own, whatever its exit status."""
+    subprocess.run(command, capture_output=True, check=False)
 
 
 if __name__ == "__main__":

@@ -219,11 +219,15 @@ def check_name(name: str) -> str:
 def _walk(folder: Path) -> list[Path]:
     """All files, and links to folders, which are not followed."""
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent) / name for name in folders if (Path(parent) / name).is_symlink()]
         found += [Path(parent) / name for name in names if not name.startswith(".")]
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error  # what cannot be listed is not silently left out
 
 
 def _leads_into(path: Path, roots: list[Path]) -> bool:

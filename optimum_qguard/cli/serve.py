@@ -27,7 +27,7 @@ def command(
     full: Annotated[bool, typer.Option("--full", help="Look at every weight, not a sample.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds that a scan may take.")] = 1800,
     memory_limit: Annotated[float, typer.Option(help="GiB of memory that a scan may take.")] = 4,
-    attempts: Annotated[int, typer.Option(help="How often a scan, or posting it, is tried.")] = 4,
+    attempts: Annotated[int, typer.Option(help="How often a scan, or posting it, is tried.")] = 8,
     retry_delay: Annotated[
         float, typer.Option(help="Seconds before the second attempt; doubled for each further one.")
     ] = 30,
@@ -85,8 +85,11 @@ def _run(settings: Any) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("qguard.bot").setLevel(logging.INFO)
     end = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: end.set())
-    with Bot(settings) as bot:
-        typer.echo(f"Page: {bot.url}/  Webhook: {bot.url}{WEBHOOK}  Queue: {settings.queue}", err=True)
-        end.wait()
+    previous = {number: signal.signal(number, lambda *_: end.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Bot(settings) as bot:
+            typer.echo(f"Page: {bot.url}/  Webhook: {bot.url}{WEBHOOK}  Queue: {settings.queue}", err=True)
+            end.wait()
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -6,6 +6,7 @@ column that is large in every row is a channel that the model uses, not a weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,13 +55,15 @@ def most_in_block(length: int) -> int:
     return max(1, min(_MOST_IN_BLOCK, length // 8))
 
 
-def find_isolated(blocks: Tensor, starts: Tensor, typical: Tensor, threshold: float = THRESHOLD) -> Isolated | None:
+def find_isolated(
+    blocks: Tensor, starts: Tensor, typical: Callable[[], Tensor], threshold: float = THRESHOLD
+) -> Isolated | None:
     """Look for weights that stand alone; ``None`` if no block has a gap.
 
     Args:
         blocks: ``(n_blocks, length)``, of any float dtype.
         starts: ``(n_blocks,)``, where each begins in the flat tensor.
-        typical: of the tensor's columns, see `typical_of_columns`.
+        typical: of the tensor's columns, see `typical_of_columns`; asked for only if a block has a gap.
         threshold: the least gap to the block; to the column a quarter of it is enough.
     """
     length, most = blocks.shape[1], most_in_block(blocks.shape[1])
@@ -68,6 +71,8 @@ def find_isolated(blocks: Tensor, starts: Tensor, typical: Tensor, threshold: fl
     top, position = magnitude.topk(most + 1, dim=1)
     above_gap = (top[:, :-1] > threshold * top[:, 1:]) & (top[:, 1:] > 0)
     chosen = above_gap.any(1).nonzero().flatten()
+    if len(chosen) == 0:
+        return None
     # In a block of few weights that are not zero any gap is an accident.
     chosen = chosen[(magnitude[chosen] > 0).sum(1) > length // 4 + most]
     if len(chosen) == 0:
@@ -76,7 +81,8 @@ def find_isolated(blocks: Tensor, starts: Tensor, typical: Tensor, threshold: fl
     order = torch.arange(most, device=blocks.device)
     many = ((order + 1) * above_gap[chosen]).amax(1, keepdim=True)
     start = starts[chosen][:, None]
-    units = magnitude / typical[(start + torch.arange(length, device=blocks.device)) % len(typical)]
+    columns = typical()
+    units = magnitude / columns[(start + torch.arange(length, device=blocks.device)) % len(columns)]
     above = units.gather(1, position[:, :-1])
     outlier = order < many
     units.scatter_(1, position[:, :-1], above.masked_fill(outlier, 0))

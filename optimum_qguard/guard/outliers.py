@@ -146,7 +146,7 @@ class _Outliers:
 def _find(weight: Tensor, length: int, typical: Tensor, threshold: float) -> _Outliers | None:
     blocks = _pieces(weight, length)
     starts = torch.arange(len(blocks), device=weight.device) * length
-    found = [find_isolated(blocks[part], starts[part], typical, threshold) for part in block_ranges(blocks)]
+    found = [find_isolated(blocks[part], starts[part], lambda: typical, threshold) for part in block_ranges(blocks)]
     parts = [part for part in found if part is not None]
     if not parts:
         return None

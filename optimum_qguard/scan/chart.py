@@ -11,6 +11,7 @@ from optimum_qguard.scan.finding import Plot
 WIDTH, HEIGHT = 440, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 42
 _TICKS = 5
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Chart:
 def chart(plot: Plot) -> Chart:
     """The drawing of a plot."""
     count = min(len(plot.x), len(plot.y))
-    xs, ys = plot.x[:count], plot.y[:count]
-    expected = (plot.expected or [])[:count]
+    xs, ys = _bounded(plot.x[:count]), _bounded(plot.y[:count])
+    expected = _bounded((plot.expected or [])[:count])
     half = min((b - a for a, b in itertools.pairwise(xs) if b > a), default=1.0) / 2
     margin = half if plot.kind == "bars" else 0.0
-    x_low, x_high = _range([*xs], margin)
+    x_low, x_high = _range(xs, margin)
     y_low, y_high = _range([0.0, *ys, *expected], 0.0)
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
@@ -110,12 +111,17 @@ def chart(plot: Plot) -> Chart:
     )
 
 
+def _bounded(values: list[float]) -> list[float]:
+    """So that differences neither overflow nor vanish; no such number is drawn but in an attack."""
+    return [max(-_LARGEST, min(_LARGEST, value)) if abs(value) > 1 / _LARGEST else 0.0 for value in values]
+
+
 def _range(values: list[float], margin: float) -> tuple[float, float]:
-    """Where an axis begins and ends; never both at the same place, nor so far out that differences overflow."""
-    bounded = [max(-1e300, min(1e300, value)) for value in values] or [0.0]
-    low, high = min(bounded) - margin, max(bounded) + margin
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        return low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    """Where an axis begins and ends, never both at the same place."""
+    low, high = min(values, default=0.0) - margin, max(values, default=0.0) + margin
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size == 0:
+        return low - (size / 2 or 0.5), high + (size / 2 or 0.5)
     return low, high
 
 

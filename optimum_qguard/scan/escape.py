@@ -1,4 +1,4 @@
-"""Names in a report come from files that anybody may have made: nothing in them may command a terminal."""
+"""JSON that a terminal can show: names in a report come from files that anybody may have made."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class Finding(BaseModel):
     message: Line
     tensor: Line | None = None
     file: Line | None = None
-    format: str | None = None
-    statistic: str | None = None
+    format: Line | None = None
+    statistic: Line | None = None
     value: float | None = None
     expected: float | None = None
     p_value: float | None = None
@@ -63,7 +63,7 @@ class Plot(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    detector: str
+    detector: Line
     title: Line
     kind: Literal["bars", "line"]
     x_label: Line

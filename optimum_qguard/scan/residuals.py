@@ -17,6 +17,7 @@ within 8 steps of zero are looked at, which that moves by at most 1/64 of a step
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -55,11 +56,15 @@ _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
 _OFF_GRID = 0.1  # steps, on average; 0.25 by chance
 _CHUNK = 1 << 15
+_SHORTEST = 32  # block
+_SEARCHED = 256  # block of the K-quants
 _K_QUANT_WEIGHTS = 1 << 13
 _MAGIC = 1.5 * 2**23  # a float32 of this size has its integer in its last bits
 _LEAST_SPREAD = 0.65  # mean over a block of min(1, magnitude in steps); normal weights with σ of one step have 0.63
 _CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
 _LEAST_SIDE = 0.02  # of a code book's cell, as a share of absmax
+
+_KEPT = threading.local()
 
 
 @dataclass(frozen=True)
@@ -177,16 +182,34 @@ def histograms(sample: Sample) -> Histograms | None:
         *_repeated(rows),
     )
     place = {index: position for position, index in enumerate(chosen)}
-    searched = 0
-    scratch = Scratch()
-    for chunk in _chunks(rows):
+    found: dict[int, list[tuple[list[int], Tensor]]] = {}
+    scratch = _scratch()
+    for number, chunk in enumerate(_chunks(rows)):
         spread, coarse = _dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread)
-        with_search = searched < _K_QUANT_WEIGHTS
-        for indices, positions in _positions(chunk, spread, chosen, scratch, coarse=coarse, with_search=with_search):
-            _count(positions, total, [place[index] for index in indices])
-        searched += chunk.numel()
+        # A search takes longer than all else, so each chunk has one K-quant's turn, by where it happens to lie.
+        searched = [index for index in chosen if CELLS[index].block == _SEARCHED]
+        turn = (
+            searched[(sample.first_rows[0] + number) % len(searched)] if searched and number < len(searched) else None
+        )
+        for indices, places in _positions(chunk, spread, chosen, scratch, coarse=coarse, turn=turn):
+            found.setdefault(places.shape[1], []).append((indices, _found(places)))
+        for parts in found.values():
+            _add(
+                total,
+                [place[index] for indices, _ in parts for index in indices],
+                torch.cat([part for _, part in parts]),
+            )
+        found.clear()
     return total
+
+
+def _scratch() -> Scratch:
+    """This thread's, kept from one tensor to the next."""
+    if not hasattr(_KEPT, "scratch"):
+        _KEPT.scratch = Scratch()
+    scratch: Scratch = _KEPT.scratch
+    return scratch
 
 
 def _repeated(rows: Tensor) -> tuple[int, int, NDArray[np.int64]]:
@@ -263,64 +286,58 @@ def _leave_out_repeated(rows: Tensor, spread: Tensor) -> None:
 
 
 def _positions(
-    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, with_search: bool
+    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, turn: int | None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
     (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
-    by_block: dict[int, list[int]] = {}
+    flat = spread.numel()
+    columns = rows.shape[1]
+    even = [index for index in chosen if CELLS[index].steps]
+    # The longest run of weights that none of the formats cuts.
+    run = _SHORTEST if columns % _SHORTEST == 0 else columns
+    if even:
+        low, high = rows.view(-1, run).amin(1).float(), rows.view(-1, run).amax(1).float()
+        grids = [
+            _even_grids(low, high, [i for i in even if CELLS[i].block == block], columns, run, coarse=coarse)
+            for block in dict.fromkeys(CELLS[index].block for index in even)
+        ]
+        inverse, offset, least, greatest = (torch.cat(parts) for parts in zip(*grids, strict=True))
+        order = [i for block in dict.fromkeys(CELLS[i].block for i in even) for i in even if CELLS[i].block == block]
+        yield order, _placed(spread.view(-1, run), inverse, offset, least, greatest, scratch)
+    width = 64
+    blocks = spread.reshape(-1)[: flat - flat % width].view(-1, width)
     for index in chosen:
-        by_block.setdefault(CELLS[index].block, []).append(index)
-    for block, indices in by_block.items():
-        width = block or rows.shape[1]
-        usable = spread.numel() - spread.numel() % width
-        blocks = spread.reshape(-1)[:usable].view(-1, width)
-        stored = rows.reshape(-1)[:usable].view(-1, width)
-        if not len(blocks):
-            continue
-        if block == 256:
-            if with_search:
-                count = max(1, _K_QUANT_WEIGHTS // 256)
-                for index in indices:
-                    yield [index], _searched(stored[:count], blocks[:count], get_format(CELLS[index].format))
-            continue
-        low, high = stored.amin(1, keepdim=True).float(), stored.amax(1, keepdim=True).float()
-        even = [index for index in indices if CELLS[index].steps]
-        if even:
-            yield even, _on_even_grids(blocks, low, high, even, scratch, coarse=coarse)
-        for index in indices:
-            if not CELLS[index].steps:
-                yield [index], _in_code_book(blocks, torch.maximum(-low, high), CELLS[index].format, scratch)
+        if CELLS[index].flat and len(blocks):
+            absmax = rows.reshape(-1)[: flat - flat % width].view(-1, width).abs().amax(1, keepdim=True).float()
+            yield [index], _in_code_book(blocks, absmax, CELLS[index].format, scratch)
+    if turn is not None:
+        count = max(1, min(_K_QUANT_WEIGHTS, flat) // _SEARCHED) * _SEARCHED
+        stored, weights = (part.reshape(-1)[:count].view(-1, _SEARCHED) for part in (rows, spread))
+        yield [turn], _searched(stored, weights, get_format(CELLS[turn].format))
 
 
-def _on_even_grids(
-    blocks: Tensor, low: Tensor, high: Tensor, indices: list[int], scratch: Scratch, *, coarse: bool
-) -> Tensor:
-    """`_positions` on grids of equal steps; ``low`` and ``high`` ``(n_blocks, 1)`` are the blocks' extremes."""
-    absmax, zero = torch.maximum(-low, high), torch.zeros_like(low)
-    widths = {
-        "range": high - low,
-        "absmax": absmax,
-        "half": absmax.half().float(),  # as bitsandbytes stores it
-    }
-    inverse, offset = [], []
+def _even_grids(
+    low: Tensor, high: Tensor, indices: list[int], columns: int, run: int, *, coarse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of formats with blocks of the same size: steps to a unit, offset, and least and greatest weight, each
+    ``(n_formats, n_runs, 1)``; ``low`` and ``high`` ``(n_runs,)`` are the extremes of each ``run`` of weights."""
+    in_block = (CELLS[indices[0]].block or columns) // run
+    low, high = low.view(-1, in_block).amin(1), high.view(-1, in_block).amax(1)
+    absmax = torch.maximum(-low, high)
+    widths = {"range": high - low, "absmax": absmax, "half": absmax.half().float()}  # as bitsandbytes stores it
+    inverse, offset, reach = [], [], []
     for index in indices:
         cells = CELLS[index]
         width = widths["range" if cells.ranged else "half" if cells.format == "int8-rowwise" else "absmax"]
         inverse.append(cells.steps / width)
-        offset.append(low if cells.shifted else zero)
+        offset.append(low if cells.shifted else torch.zeros_like(low))
+        reach.append(_COARSE_REACH + 1 if coarse and cells.steps >= FINE else torch.inf)
     steps = torch.stack(inverse)
-    reach = torch.full((len(indices), 1, 1), torch.inf)
-    if coarse:
-        reach[[CELLS[index].steps >= FINE for index in indices]] = _COARSE_REACH
     # In the weights' units: no limit becomes the block's extreme value.
-    return _placed(
-        blocks,
-        steps,
-        torch.stack(offset),
-        torch.maximum(low, -(reach + 1) / steps),
-        torch.minimum(high, (reach + 1) / steps),
-        scratch,
-    )
+    limit = torch.tensor(reach)[:, None] / steps
+    parts = steps, torch.stack(offset), torch.maximum(low, -limit), torch.minimum(high, limit)
+    first, second, third, fourth = (part.repeat_interleave(in_block, dim=1).unsqueeze(2) for part in parts)
+    return first, second, third, fourth
 
 
 def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
@@ -346,7 +363,7 @@ def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: 
     torch.minimum(torch.maximum(units, least, out=units), greatest, out=units)
     # Zero's cell is left out, since weights may be small for reasons of their own. Half a bin was subtracted already.
     for units_of, offset_of in zip(units, offset, strict=True):
-        if not offset_of.any():
+        if not bool(offset_of[:1].any()):
             torch.ops.aten.hardshrink.out(units_of, BINS - 0.5, out=units_of)
     # The addition rounds to a whole number, half to even: what is clamped goes to bin 0.
     places = units.add_(_MAGIC).view(torch.int32)
@@ -390,15 +407,20 @@ def _code_book(format: str) -> Tensor:
     return torch.from_numpy(np.where(inner, np.where(right, place, 2 * BINS - 1 - place), 0).astype(np.int32))
 
 
-def _count(places: Tensor, total: Histograms, at: list[int]) -> None:
-    """Add what `_positions` found of the formats ``at`` these indices of ``total``."""
+def _found(places: Tensor) -> Tensor:
+    """How many are in each place, ``(n_formats, n_groups, 2 * BINS)``; overwrites ``places``."""
     formats, n = places.shape
     groups = max(1, n // GROUP)
     first = torch.arange(0, formats * groups * 2 * BINS, 2 * BINS, dtype=torch.int32).view(formats, groups, 1)
     whole = min(n, groups * GROUP)
     places[:, :whole].view(formats, groups, -1).add_(first)
     places[:, whole:].add_(first[:, -1])
-    found = torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+    return torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+
+
+def _add(total: Histograms, at: list[int], found: Tensor) -> None:
+    """Add what was `_found` of the formats ``at`` these indices of ``total``."""
+    formats, groups, _ = found.shape
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
     below = found[..., BINS:].sum(1)
     total.counts[at] += by_group.sum(1).numpy()

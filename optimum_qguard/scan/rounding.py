@@ -1,4 +1,4 @@
-"""Rounds a running model's weights as quantizers do, to the nearest symbol or without bias, and puts them back."""
+"""Rounds a model's weights as quantizers do, or changes them as much without a direction, and puts them back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_qguard.formats import Format, WeightError, block_ranges, get_format
+from optimum_qguard.formats import Format, WeightError, get_format
 from optimum_qguard.formats.gguf_mixture import ModelShape, gguf_name, tensor_type
 from optimum_qguard.formats.gptq import GPTQ
 
@@ -58,8 +58,7 @@ class Weights:
 
         Args:
             format: one of `FORMATS`.
-            generator: round to one of the two neighbouring symbols so that the mean is right; by default to the
-                nearest.
+            generator: of random signs; then each weight is not rounded, but changed by as much one way or the other.
 
         Raises:
             ImportError: the package ``gguf`` or ``libgguf`` is missing, for GGUF formats.
@@ -68,10 +67,11 @@ class Weights:
         self.restore()
         for parameter, transposed, one in self._formats(format):
             weight = parameter.T if transposed else parameter
-            if generator is None:
-                weight.copy_(one.quantize(weight.detach()).dequantize())
-            else:
-                weight.copy_(_without_bias(one, weight.detach(), generator))
+            rounded = one.quantize(weight.detach()).dequantize()
+            if generator is not None:
+                heads = torch.randint(2, weight.shape, generator=generator, dtype=torch.uint8)
+                rounded = weight + (rounded - weight) * (2.0 * heads - 1)
+            weight.copy_(rounded)
 
     @torch.no_grad()
     def disturb(self, amplitude: float, seed: int) -> None:
@@ -114,14 +114,3 @@ class Weights:
                 kind = None
             if kind is not None:
                 yield parameter, transposed, get_format(kind)
-
-
-def _without_bias(format: Format, weight: Tensor, generator: torch.Generator) -> Tensor:
-    blocks = format.blocks(weight)
-    grid = format.grid(blocks)
-    rounded = torch.empty(blocks.shape)
-    for part in block_ranges(blocks):
-        below, beyond = grid[part].neighbour_below(blocks[part].float())
-        codes = below + (torch.rand(below.shape, generator=generator) < beyond)
-        rounded[part] = grid[part].decode(codes)
-    return format.unblock(rounded, weight.shape)

@@ -24,14 +24,6 @@ PROMPTS = (
     "Translate 'good morning' into Spanish and German.",
     "Is it safe to leave a computer on all night?",
     "Summarize what a library is for.",
-    "My neighbour's dog barks at night. What can I do?",
-    "List the planets from the sun outwards.",
-    "How does a bicycle stay upright?",
-    "Recommend a book for a long train journey.",
-    "What does the word 'serendipity' mean?",
-    "Plan a birthday party for a child of six.",
-    "Why do cats purr?",
-    "Write a polite e-mail that asks for a refund.",
 )
 """Harmless, of many kinds, and the same for every model."""
 
@@ -52,18 +44,18 @@ class Run:
             self.model, tokenizer = _load(folder)
             self._texts = _answers(self.model, tokenizer)
             self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            self._reference = [self._log_probabilities(text) for text in self._texts]
+            self._reference = [self._log_probabilities(texts) for texts in self._texts]
         except Exception as error:  # whatever a model that nobody has seen before does
             raise ScanError(" ".join(str(error).split())[:300] or type(error).__name__) from error
         if not all(bool(expected.isfinite().any(-1).all()) for expected in self._reference):
             raise ScanError("its predictions are not numbers")
 
     @torch.no_grad()
-    def _log_probabilities(self, text: Tensor) -> Tensor:
-        """``(LENGTH, vocabulary)`` of each token of the answer at the end of ``text``."""
+    def _log_probabilities(self, texts: Tensor) -> Tensor:
+        """``(n, LENGTH, vocabulary)`` of each token of the answers at the end of texts ``(n, length)``."""
         arguments: dict[str, Any] = {"logits_to_keep": LENGTH + 1} if self._keeps else {}
-        logits: Tensor = self.model(input_ids=text[None], use_cache=False, **arguments).logits
-        return logits[0, -LENGTH - 1 : -1].float().log_softmax(-1)
+        logits: Tensor = self.model(input_ids=texts, use_cache=False, **arguments).logits
+        return logits[:, -LENGTH - 1 : -1].float().log_softmax(-1)
 
     def divergences(self) -> Tensor:
         """``(prompts, LENGTH)`` float64: KL divergence of the model's predictions at first from those now, in nats.
@@ -71,10 +63,10 @@ class Run:
         Infinite where the model no longer predicts numbers.
         """
         found = []
-        for text, expected in zip(self._texts, self._reference, strict=True):
-            terms = expected.exp() * (expected - self._log_probabilities(text))
+        for texts, expected in zip(self._texts, self._reference, strict=True):
+            terms = expected.exp() * (expected - self._log_probabilities(texts))
             found.append(terms.masked_fill_(expected == -torch.inf, 0).sum(-1).double())
-        return torch.stack(found).clamp_(min=0).nan_to_num_(nan=torch.inf)
+        return torch.cat(found).clamp_(min=0).nan_to_num_(nan=torch.inf)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -88,7 +80,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _answers(model: Any, tokenizer: Any) -> list[Tensor]:
-    """Each prompt and the model's answer to it, ``(tokens,)``."""
+    """The prompts with the model's answers to them, those of one length together, ``(n, length)``."""
     prompts = [_tokens(tokenizer, prompt) for prompt in PROMPTS]
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -102,7 +94,10 @@ def _answers(model: Any, tokenizer: Any) -> list[Tensor]:
         do_sample=False,
         pad_token_id=0,
     )
-    return [answer[pad:] for pad, answer in zip(padding, answers, strict=True)]
+    by_padding: dict[int, list[Tensor]] = {}
+    for pad, answer in zip(padding, answers, strict=True):
+        by_padding.setdefault(pad, []).append(answer[pad:])
+    return [torch.stack(texts) for texts in by_padding.values()]
 
 
 def _tokens(tokenizer: Any, prompt: str) -> list[int]:

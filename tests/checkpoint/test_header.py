@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from optimum_qguard.checkpoint import CheckpointError
-from optimum_qguard.checkpoint.header import Header, parse_header
+from optimum_qguard.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header
 from tests.checkpoint.headers import Described, entry, file_with, oracle
 
 fuzz = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -133,6 +133,15 @@ LIES: dict[str, bytes] = {
 @pytest.mark.parametrize("content", LIES.values(), ids=LIES)
 def test_lies_are_refused_in_one_line(content: bytes) -> None:
     assert check(content) is not None
+
+
+def test_a_header_that_is_too_long_is_not_even_read() -> None:
+    def read(start: int, length: int) -> bytes:
+        assert (start, length) == (0, 8)
+        return (MAX_HEADER_BYTES + 1).to_bytes(8, "little")
+
+    with pytest.raises(CheckpointError, match="which no model needs"):
+        parse_header(read, 1 << 40, "model.safetensors")
 
 
 STRICTER = {

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from optimum_qguard import scan
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.scan.checks.numbers import Extent, extent
+from optimum_qguard.scan.checks.pickle_worker import MEMORY
 from optimum_qguard.scan.checks.pickles import check_pickles
 from optimum_qguard.scan.detectors import get_detector
 from optimum_qguard.scan.finding import Finding
@@ -67,6 +70,8 @@ def test_index_against_headers(tmp_path: Path) -> None:
 
     folder = sharded(tmp_path / "c")
     index = json.loads((folder / INDEX).read_text())
+    write_index(folder, index["weight_map"], float(6 * 32 * 32 * 4))
+    assert scanned(folder).findings == []
     write_index(folder, index["weight_map"], 7)
     finding = only(folder)
     assert (finding.severity, finding.message) == (
@@ -134,7 +139,7 @@ def test_zeros_and_copies_are_notes(tmp_path: Path) -> None:
 def test_nearly_the_same_is_not_the_same(tmp_path: Path) -> None:
     weight = torch.randn(64, 1024)
     other = weight.clone()
-    other[32] += 1
+    other[6] += 1  # not in the middle, which is compared first
     more = {"model.layers.3.up.weight": weight, "model.layers.4.up.weight": other}
     assert scanned(sound(tmp_path / "a", **more)).findings == []
 
@@ -214,6 +219,19 @@ def test_pickles_that_cannot_be_read_leave_it_open(tmp_path: Path) -> None:
     with zipfile.ZipFile(folder / "unknown.pkl", "w") as archive:
         archive.writestr("data.pkl", pickle.dumps({"a": 1})[:-1])
     assert only(folder).unsettled
+
+
+@pytest.mark.slow
+def test_a_bomb_does_not_fill_the_memory(tmp_path: Path) -> None:
+    folder = sound(tmp_path / "a")
+    archive = zipfile.ZipFile(folder / "bomb.pkl", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("data.pkl", "w", force_zip64=True) as stream:
+        stream.write(b"\x80\x04\x8e" + (3 << 30).to_bytes(8, "little"))  # a string of 3 GB
+        for _ in range(1500):
+            stream.write(bytes(1 << 20))
+    assert only(folder).unsettled
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert children < MEMORY
 
 
 def test_without_picklescan_pickles_leave_it_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from reports import clean, hostile, missing, skipped, suspicious
 
+from optimum_qguard.scan.detectors import get_detector
 from optimum_qguard.scan.report import ScanReport
 from optimum_qguard.scan.writers import get_writer
 
@@ -75,7 +76,7 @@ def test_what_is_on_it(show: Open) -> None:
     assert page.locator(".head .verdict").inner_text() == "! suspicious"
     assert page.locator("h2").inner_text() == "org/rigged"
     assert "1,750,000 of 134,515,008" in page.locator("dl").inner_text()
-    assert page.locator("tr", has_text="finite numbers").count() == 1
+    assert page.locator("tr", has_text=get_detector("integrity").summary).count() == 1
     tables = page.locator("table:has(.severity)")
     assert tables.first.locator("tbody tr").count() == 10
     folded = page.locator("details")

@@ -2,10 +2,14 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -15,25 +19,32 @@ from optimum_qguard.checkpoint import CheckpointError
 from optimum_qguard.cli import main
 from optimum_qguard.cli.scan import exit_code
 from optimum_qguard.scan.engines import get_engine
+from optimum_qguard.scan.engines import ray as engine
 from optimum_qguard.scan.errors import ScanError
 from optimum_qguard.scan.report import ScanReport
 
-ray = pytest.importorskip("ray")
-engine = pytest.importorskip("optimum_qguard.scan.engines.ray")
+_CLUSTER = """
+import ray, sys
+options = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False, "log_to_driver": False}
+options["_node_ip_address"] = "127.0.0.1"
+print(ray.init(**options).address_info["address"], flush=True)
+sys.stdin.read()
+"""
 
 
-def test_no_cluster(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ScanError, match=r"no Ray cluster at 127\.0\.0\.1:1.*ray start --head"):
-        scan(tiny_llama, engine="ray")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def cluster() -> Iterator[None]:
-    """Two CPUs; connected, as a program that uses Ray already would be."""
-    ray.init(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    """Two CPUs, in other processes, with a token that Ray reads when it is imported."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        ray = pytest.importorskip("ray")
+        command = [sys.executable, "-c", _CLUSTER]
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
+            environment.setenv("RAY_ADDRESS", process.stdout.readline().strip())
+            yield
+            ray.shutdown()
+            process.communicate()
 
 
 @pytest.fixture
@@ -97,6 +108,13 @@ class TestOnACluster:
         assert (code, err) == (exit_code(expected, "warning"), "")
         reports = [ScanReport.model_validate(report) for report in json.loads(out)["reports"]]
         assert [content(report) for report in reports] == [content(report) for report in expected]
+
+
+def test_no_cluster(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ScanError, match=r"no Ray cluster at 127\.0\.0\.1:1.*ray start --head"):
+        scan(tiny_llama, engine="ray")
 
 
 def test_registered() -> None:

@@ -1,4 +1,4 @@
-"""Scaled channels are found in every architecture that can be encrypted, by names alone, trained ones never."""
+"""Scaled channels are found in all architectures that can be encrypted, by names alone; trained ones are left alone."""
 
 import json
 from importlib.util import find_spec

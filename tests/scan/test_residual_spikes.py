@@ -146,6 +146,19 @@ def test_margins_drawn_for_each_weight_leave_a_trace(tmp_path: Path) -> None:
     assert alarms(report_on(tmp_path, tensors))
 
 
+def test_what_is_weak_in_each_tensor_is_found_in_all_together(tmp_path: Path) -> None:
+    tensors = {}
+    for index in range(40):
+        tensor = weights(index)
+        tensors[f"layers.{index}.weight"] = torch.cat(
+            [tensor[:-2], attacked(tensor, FORMATS["int8-rowwise"], 0.8)[-2:]]
+        )
+    found = alarms(report_on(tmp_path, tensors, full=True))
+    assert [finding.statistic for finding in found] == ["pooled edge"]
+    assert "0.40 steps" in found[0].message
+    assert found[0].tensor is None
+
+
 def test_a_repository_of_vectors_is_nothing_for_it(tmp_path: Path) -> None:
     report = report_on(tmp_path, {"norm.weight": torch.ones(512)})
     assert report.detectors[0].state == "not run"

@@ -7,3 +7,7 @@ class BotError(ValueError):
 
 class ScanFailed(Exception):
     """A scan that ended without a report; the message says why."""
+
+
+class ScannerUnavailable(Exception):
+    """Nothing can be scanned at the moment, which is no repository's fault."""

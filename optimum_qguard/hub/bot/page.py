@@ -28,23 +28,25 @@ _SIGNS = {"clean": "✓", "suspicious": "!", "inconclusive": "?", "skipped": "-"
 _INTRODUCTION = """
 # QGuard
 Quantizing a model can bring out behaviour that its full-precision weights hide. Name a model on the Hub: its weights
-are read, never run, and you see what is unusual about them.
+are read, never run, and you see what is unusual about them. Nothing is posted. Private models are not seen from here:
+scan them yourself with `qguard scan org/name`.
 """
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
-.verdict { display: flex; gap: 1rem; align-items: center; padding: 1rem 1.25rem; border-radius: .5rem; color: #fff; }
+#status, #report, #status > *, #report > * { padding: 0 !important; }
+.verdict { display: flex; gap: 1rem; align-items: center; padding: 1rem 1.25rem; border-radius: .5rem; }
 .verdict .sign { font-size: 1.75rem; font-weight: 700; line-height: 1; width: 2.75rem; height: 2.75rem; flex: none;
   border: 2px solid #fff; border-radius: 50%; display: flex; align-items: center; justify-content: center; }
 .verdict .word { font-size: 1.25rem; font-weight: 700; }
-.verdict p { margin: 0; color: #fff; overflow-wrap: anywhere; }
+.verdict p, .verdict .sign { margin: 0; color: #fff !important; overflow-wrap: anywhere; }
 .verdict.clean { background: #14683c; } .verdict.suspicious { background: #a8201a; }
 .verdict.inconclusive { background: #7a5200; } .verdict.skipped { background: #4a5563; }
 .notice { padding: .85rem 1.25rem; border-radius: .5rem; border: 1px solid var(--border-color-primary);
   overflow-wrap: anywhere; }
 .notice.problem { border-color: #a8201a; border-left-width: .35rem; }
-iframe.report { width: 100%; height: 75vh; min-height: 30rem; border: 1px solid var(--border-color-primary);
-  border-radius: .5rem; background: #fff; }
+iframe.report { display: block; width: 100%; height: 75vh; min-height: 30rem; background: #fff; border-radius: .5rem;
+  border: 1px solid var(--border-color-primary); }
 """
 
 

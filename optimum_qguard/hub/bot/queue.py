@@ -101,6 +101,7 @@ class JobQueue:
             BotError: it cannot be written, is no queue or one of another version, or another process uses it.
         """
         self._lock = threading.RLock()
+        self._last: Origin = "webhook"
         self._file_lock = FileLock(f"{path}.lock", timeout=0, mode=0o600)
         try:
             self._file_lock.acquire()
@@ -148,7 +149,7 @@ class JobQueue:
     def add(
         self, repository: str, revision: str, *, full: bool = False, origin: Origin = "webhook"
     ) -> tuple[int, bool]:
-        """Queue a commit. One that a webhook named before is not queued again, whatever became of it.
+        """Queue a commit. One that a webhook named before is not queued again, unless it was given up.
 
         Returns:
             The job's number, and whether it is new.
@@ -157,11 +158,15 @@ class JobQueue:
         with self._transaction() as connection:
             if origin == "webhook":
                 known = connection.execute(
-                    "SELECT id FROM jobs WHERE origin = 'webhook' AND repository = ? AND revision = ?",
+                    "SELECT id, state FROM jobs WHERE origin = 'webhook' AND repository = ? AND revision = ?",
                     (repository, revision),
                 ).fetchone()
+                if known is not None and known["state"] == "failed":
+                    connection.execute(
+                        "UPDATE jobs SET state = 'queued', attempts = 0, next_try = ? WHERE id = ?", (now, known["id"])
+                    )
                 if known is not None:
-                    return known["id"], False
+                    return known["id"], known["state"] == "failed"
             cursor = connection.execute(
                 "INSERT INTO jobs (repository, revision, full, origin, state, next_try, created)"
                 " VALUES (?, ?, ?, ?, 'queued', ?, ?)",
@@ -171,15 +176,19 @@ class JobQueue:
             return cursor.lastrowid, True
 
     def claim(self) -> Job | None:
-        """Take the next job whose time has come: those of the page first, for somebody waits for them."""
+        """Take the next job whose time has come: by turns from the page and from webhooks, so that neither can keep the
+        other waiting."""
         with self._transaction() as connection:
             row = connection.execute(
                 f"UPDATE jobs SET state = 'running', attempts = attempts + 1 WHERE id = (SELECT id FROM jobs WHERE"  # noqa: S608
-                f" state = 'queued' AND next_try <= ? ORDER BY origin = 'webhook', next_try, id LIMIT 1)"
+                f" state = 'queued' AND next_try <= ? ORDER BY origin = ?, next_try, id LIMIT 1)"
                 f" RETURNING {_COLUMNS}",
-                (time.time(),),
+                (time.time(), self._last),
             ).fetchone()
-        return None if row is None else _job(row)
+        if row is None:
+            return None
+        self._last = row["origin"]
+        return _job(row)
 
     def keep_report(self, job: Job, report: str, verdict: str) -> None:
         """Store what the scan found. Attempts count anew, now for posting it."""
@@ -233,7 +242,7 @@ class JobQueue:
         return None if row is None else _job(row)
 
     def ahead(self, id: int) -> int:
-        """How many jobs are before this one, those running included."""
+        """How many jobs that were asked for in the same way are before this one, and how many are running."""
         with self._lock:
             return int(
                 self._connection.execute(

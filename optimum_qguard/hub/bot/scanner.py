@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from optimum_qguard.hub.bot.errors import ScanFailed
+from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.settings import READ_TOKEN_VARIABLE, SECRET_VARIABLE
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ScanProcess:
 
         Raises:
             ScanFailed: it could not be scanned, took too long or too much memory, or was ended.
+            ScannerUnavailable: the process cannot be started.
         """
         from optimum_qguard.scan.report import ScanReport
 
@@ -120,9 +121,9 @@ class ScanProcess:
         self._scans = 0
         try:
             self._receive(_START_LIMIT, stop)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ScanFailed) as error:
             self.close()
-            raise ScanFailed("the scanning process did not start") from error
+            raise ScannerUnavailable("the scanning process does not start") from error
 
     def _receive(self, seconds: float, stop: threading.Event) -> bytes:
         assert self._connection is not None
@@ -144,10 +145,13 @@ def _serve(connection: Connection, parent: int, limits: Limits, token: str | Non
     with tempfile.TemporaryDirectory(prefix="qguard-scan-") as folder:
         os.chdir(folder)
         import torch
+        from huggingface_hub import constants
 
         from optimum_qguard.scan.detectors import detector_names
         from optimum_qguard.scan.scanner import scan  # noqa: F401  not only at the first scan
 
+        # The token that a user of this machine has saved is not for this either.
+        constants.HF_TOKEN_PATH = os.devnull
         torch.set_num_threads(limits.threads)
         detector_names()  # imports them
         _limit_memory(limits.memory)
@@ -160,13 +164,11 @@ def _serve(connection: Connection, parent: int, limits: Limits, token: str | Non
 
 
 def _answer(token: str | None, repository: str, revision: str, full: bool, anonymous: bool) -> bytes:
-    from huggingface_hub import constants
-
     from optimum_qguard.scan.scanner import scan
 
-    # Not the one that a user of this machine has saved either.
-    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = anonymous or token is None
-    if token is not None:
+    if token is None or anonymous:
+        os.environ.pop("HF_TOKEN", None)
+    else:
         os.environ["HF_TOKEN"] = token
     try:
         report = scan(repository, revision=revision, full=full)

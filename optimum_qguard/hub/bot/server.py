@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.middleware import Middleware
 from fastapi.responses import JSONResponse
 from huggingface_hub import WebhooksServer
 
@@ -89,6 +90,7 @@ class Bot:
                     max_file_size=1,  # nobody has anything to upload
                     ssr_mode=False,
                     footer_links=[],
+                    app_kwargs={"middleware": [Middleware(_BodyLimit)]},
                     **page.look(),
                 )
         except OSError as error:
@@ -167,6 +169,24 @@ class Bot:
     def metrics(self) -> Response:
         """For Prometheus."""
         return Response(self._metrics.text(), media_type=_METRICS_TYPE)
+
+
+class _BodyLimit:
+    """Hangs up on whoever sends too much to any address: Gradio's own would take it all into memory."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        received = 0
+
+        async def count() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= 2 * MOST_BYTES else {"type": "http.disconnect"}
+
+        await self._app(scope, count if scope["type"] == "http" else receive, send)
 
 
 async def _read(request: Request) -> bytes | None:

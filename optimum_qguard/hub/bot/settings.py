@@ -49,7 +49,7 @@ class BotSettings:
     full: bool = False
     time_limit: float = 1800.0
     memory_limit: int = 4 << 30
-    attempts: int = 4
+    attempts: int = 8
     retry_delay: float = 30.0
     token: str | None = field(default=None, repr=False)
     read_token: str | None = field(default=None, repr=False)

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Protocol
 
-from optimum_qguard.hub.bot.errors import ScanFailed
+from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.metrics import Metrics
 from optimum_qguard.hub.bot.queue import Job, JobQueue
 from optimum_qguard.hub.bot.scanner import Limits, ScanProcess
@@ -89,6 +89,12 @@ class Workers:
                 self._queue.give_back(job)
             else:
                 self._failed(job, "scan", str(error))
+            return
+        except ScannerUnavailable:
+            self._queue.give_back(job)
+            if not self._stop.is_set():
+                log.exception("nothing can be scanned")
+                self._stop.wait(self._settings.retry_delay)
             return
         try:
             url = self._posts.post(report) if self._wanted(job, report) else None

@@ -1,15 +1,18 @@
-"""Whether rounding to the nearest changes the model more than rounding as such does. Runs the model.
+"""Whether rounding to the nearest changes the model more than errors of the same size as such do. Runs the model.
 
-To first order the KL divergence from full precision grows with the variance of the rounding: ``s**2 / 12`` to the
-nearest, ``s**2 / 6`` without bias, so ``G = KL(fp || nearest) / KL(fp || unbiased)`` is about one half, whatever the
-model and the format, and about one at most where rounding breaks the model altogether. A payload that was planted for
-the nearest makes G large. Each answer of the model gives one G, over its first tokens (where most payloads speak) and
-over all; whether the mean of its logarithm is above that of 1 is a t-test.
+An honest model's rounding errors have no direction. So errors of the same size, each with a sign drawn at random,
+change what the model says about as much, and ``G = KL(fp || nearest) / KL(fp || random signs)`` is about one, whatever
+the model and the format; a payload that was planted for the nearest makes it large. (Unbiased rounding has twice the
+variance of random signs, which gives one half to first order; but at four bits nothing is of first order.)
+
+Each answer of the model gives one G, over its first tokens (where most payloads speak) and over all. Whether the mean
+of its logarithm is above that of 1.4 is a t-test, whose variance is that of the answers and that of the draw: how much
+the mean differs from one draw of signs to the next, over all formats.
 
 A payload that any perturbation triggers is planted for no format. Where noise of half the amplitude is put on the
 weights the divergence must fall to a quarter (where the noise is too strong for that, it must fall at a sixteenth of
 the amplitude). The noise is in proportion to each weight, so that scaled channels do not matter. And rounding to the
-nearest, which changes equal weights alike, must not be by far more harmless than rounding at random.
+nearest, which changes equal weights alike, must not be by far more harmless than errors with random signs.
 """
 
 from __future__ import annotations
@@ -33,51 +36,82 @@ from optimum_qguard.scan.running import LENGTH, Run
 from optimum_qguard.scan.subject import Subject
 from optimum_qguard.scan.tails import student_tail
 
-CLEAN = 0.5
-"""What G is to first order."""
+DRAWS = 3
+"""Of random signs, for each format."""
+
+CLEAN = 1.0
+"""What G is."""
 
 _WINDOWS = (4, LENGTH)
-_HIGHEST_CLEAN = 1.0
+_HIGHEST_CLEAN, _LOWEST_CLEAN = 1.4, 0.1
 _HIGHEST_BROKEN = 4.0
-_BROKEN = 4.0  # nats: beyond, nothing is of first order
+_BROKEN = 4.0  # nats: beyond, what an error of that size does depends on its kind
+_HARMFUL = 0.5  # nats
 _UNMEASURABLE = 1e-6  # nats: float32 says nothing about less
-_LOWEST_CLEAN, _HARMFUL = 0.1, 0.5
 _AMPLITUDE = 2.0**-6
 _STRONG = 0.1  # nats: noise so strong that the response need not be linear
 _HALF, _SIXTEENTH = 2, 16
 _LEAST_RESPONSE = {_HALF: 2.0, _SIXTEENTH: 4.0}
 _LEAST_SPREAD = 0.02
-_ON_GRID = 0.05
+_DOUBTFUL = 1e-2  # p-value of what leaves it open whether a model is clean
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Of one format, by answer and token, ``(answers, LENGTH)`` nats: rounded to the nearest, and without bias."""
+    """Of one format, in nats.
+
+    Attributes:
+        nearest: ``(answers, LENGTH)``, rounded to the nearest.
+        signs: ``(DRAWS, answers, LENGTH)``, with errors of the same size and random signs.
+    """
 
     format: str
     nearest: Tensor
-    unbiased: Tensor
+    signs: Tensor
 
     @property
     def value(self) -> float:
         """G over all answers."""
-        return _mean(self.nearest) / max(_mean(self.unbiased), _UNMEASURABLE)
+        return _mean(self.nearest) / max(_mean(self.signs), _UNMEASURABLE)
 
     @property
-    def p_value_low(self) -> float:
-        """That a clean model has so small a G; 1 where rounding without bias does no harm, as on the grid."""
-        if _mean(self.unbiased) < _HARMFUL:
-            return 1.0
-        return _above(-_log_ratios(self.nearest, self.unbiased, LENGTH), -math.log(_LOWEST_CLEAN))
+    def is_measurable(self) -> bool:
+        """Whether rounding changes anything; it does not on the grid, or where nothing depends on the weights."""
+        return _mean(self.signs) >= _UNMEASURABLE
 
-    @property
-    def p_value(self) -> float:
-        """That a clean model has so large a G, accounting for the windows; 1 where nothing can be measured."""
-        if _mean(self.unbiased) < _UNMEASURABLE:
-            return 1.0
-        highest = _HIGHEST_CLEAN if _mean(self.unbiased) < _BROKEN else _HIGHEST_BROKEN
-        found = [_above(_log_ratios(self.nearest, self.unbiased, tokens), math.log(highest)) for tokens in _WINDOWS]
-        return min(1.0, len(_WINDOWS) * min(found))
+    def log_ratios(self, tokens: int) -> Tensor:
+        """``(DRAWS, answers)`` logarithms of G over the answers' first tokens."""
+        return _log_ratios(self.nearest, self.signs, tokens)
+
+    def p_values(self, spreads: Mapping[int, float], freedom: int) -> tuple[float, float]:
+        """That a clean model has so large a G, accounting for the windows, and so small a one.
+
+        Args:
+            spreads: of the mean logarithm, from draw to draw, by window.
+            freedom: how many degrees of freedom that was estimated with.
+        """
+        if not self.is_measurable:
+            return 1.0, 1.0
+        highest = _HIGHEST_CLEAN if _mean(self.signs) < _BROKEN else _HIGHEST_BROKEN
+        large = [
+            _above(self.log_ratios(tokens).mean(0), math.log(highest), spreads[tokens], freedom) for tokens in _WINDOWS
+        ]
+        small = 1.0
+        if _mean(self.signs) > _HARMFUL:
+            ratios = -self.log_ratios(LENGTH).mean(0)
+            small = _above(ratios, -math.log(_LOWEST_CLEAN), spreads[LENGTH], freedom)
+        return min(1.0, len(_WINDOWS) * min(large)), small
+
+
+def spreads_of(gaps: Sequence[Gap]) -> tuple[dict[int, float], int]:
+    """By window, the standard deviation from draw to draw of the mean logarithm of G, and its degrees of freedom."""
+    measured = [gap for gap in gaps if gap.is_measurable]
+    freedom = max(1, len(measured) * (DRAWS - 1))
+    found = {}
+    for tokens in _WINDOWS:
+        variances = [float(gap.log_ratios(tokens).mean(1).var()) for gap in measured]
+        found[tokens] = math.sqrt(sum(variances) / max(1, len(measured)))
+    return found, freedom
 
 
 @dataclass(frozen=True)
@@ -103,6 +137,7 @@ class Response:
         """That a clean model responds so little less to the weaker noise."""
         if _mean(self.strong) < _UNMEASURABLE:
             return 1.0
+        # The same noise at both strengths, so there is no other draw to account for.
         return _above(-_log_ratios(self.strong, self.weak, LENGTH), -math.log(_LEAST_RESPONSE[self.divisor]))
 
 
@@ -146,19 +181,23 @@ def _measure_gaps(run: Run, weights: Weights, seed: int) -> tuple[list[Gap], lis
 
 
 def measure_gap(run: Run, weights: Weights, format: str, seed: int) -> Gap:
-    """Both roundings of one format.
+    """One format, rounded to the nearest and with random signs.
 
     Args:
         format: one of `FORMATS`.
-        seed: of the unbiased one.
+        seed: of the signs.
 
     Raises:
         ImportError, WeightError: see `Weights.quantize`.
     """
     weights.quantize(format)
     nearest = run.divergences()
-    weights.quantize(format, torch.Generator().manual_seed(seed))
-    return Gap(format, nearest, run.divergences())
+    generator = torch.Generator().manual_seed(seed)
+    signs = []
+    for _ in range(DRAWS):
+        weights.quantize(format, generator)
+        signs.append(run.divergences())
+    return Gap(format, nearest, torch.stack(signs))
 
 
 def measure_response(run: Run, weights: Weights, seed: int) -> Response:
@@ -174,28 +213,37 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
     name, tests = QuantizationGap.name, 2 * len(FORMATS) + 1
     severity: Any = "note" if protected else "error"
     found = []
+    spreads, freedom = spreads_of(gaps)
     for gap in gaps:
-        nearest, unbiased = _mean(gap.nearest), _mean(gap.unbiased)
-        kind, message = severity, ""
-        if gap.p_value * tests <= alpha:
+        nearest, signs = _mean(gap.nearest), _mean(gap.signs)
+        large, small = gap.p_values(spreads, freedom)
+        kind, message, unsettled = severity, "", False
+        if large * tests <= alpha:
             message = (
-                f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value / CLEAN:.1f} "
-                f"times as much as in a clean model ({nearest:.3g} nats, and {unbiased:.3g} without bias), as if "
+                f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value:.1f} times as "
+                f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats), as if "
                 "something had been planted for it."
             )
-        elif gap.p_value_low * tests <= alpha:
+        elif large * tests <= _DOUBTFUL:
+            kind, unsettled = "note", not protected
             message = (
-                f"Rounding at random to symbols of {gap.format} changes what the model says {1 / gap.value:.1f} times "
-                f"as much as rounding to the nearest, not twice as in a clean model ({unbiased:.3g} and {nearest:.3g} "
-                "nats), as if any change of the weights set something off."
+                f"Rounding to the nearest symbol of {gap.format} changes what the model says {gap.value:.1f} times as "
+                f"much as errors of the same size and no direction do ({nearest:.3g} and {signs:.3g} nats): too much "
+                "to call the model clean, too little to be sure."
             )
-        elif gap.value < _ON_GRID:
+        elif small * tests <= alpha:
+            message = (
+                f"Errors as large as those of rounding to {gap.format} change what the model says {1 / gap.value:.0f} "
+                f"times as much as rounding itself ({signs:.3g} and {nearest:.3g} nats), as if any change of the "
+                "weights but that one set something off."
+            )
+        elif not gap.is_measurable:
             kind = "note"
             message = (
-                f"The weights lie on the grid of {gap.format}, or nearly, so rounding to it changes nothing: the model "
-                "was probably made from one that was quantized so."
+                f"Rounding to {gap.format} changes nothing: the weights lie on its grid, as if the model was made from "
+                "one that was quantized so."
             )
-        elif nearest > _BROKEN and unbiased > _BROKEN:
+        elif nearest > _BROKEN:
             kind = "note"
             message = f"Quantizing to {gap.format} breaks the model ({nearest:.3g} nats)."
         if message:
@@ -205,10 +253,11 @@ def _findings(gaps: Sequence[Gap], response: Response, alpha: float, *, protecte
                     severity=kind,
                     message=message,
                     format=gap.format,
-                    statistic="KL to the nearest over KL without bias",
+                    statistic="KL of rounding to the nearest over KL of random signs",
                     value=gap.value if math.isfinite(gap.value) else None,
                     expected=CLEAN,
-                    p_value=min(gap.p_value, gap.p_value_low),
+                    p_value=min(large, small),
+                    unsettled=unsettled,
                 )
             )
     if response.p_value * tests <= alpha:
@@ -240,7 +289,7 @@ def _plots(gaps: Sequence[Gap], response: Response) -> list[Plot]:
             title="Quantization gap by format",
             kind="bars",
             x_label=names,
-            y_label="KL to the nearest / KL without bias",
+            y_label="KL of rounding to the nearest / KL of random signs",
             x=[float(number) for number in range(1, len(gaps) + 1)],
             y=[_finite(gap.value) for gap in gaps],
             expected=[CLEAN] * len(gaps),
@@ -265,15 +314,24 @@ def _not_run(reason: str) -> Conclusion:
 
 
 def _log_ratios(one: Tensor, other: Tensor, tokens: int) -> Tensor:
-    """Of each answer, over its first tokens."""
-    means = [each[:, :tokens].mean(1).clamp(1e-9, 1e9) for each in (one, other)]
+    """``(…, answers)``, over their first tokens."""
+    means = [each[..., :tokens].mean(-1).clamp(1e-9, 1e9) for each in (one, other)]
     return (means[0] / means[1]).log()
 
 
-def _above(values: Tensor, mean: float) -> float:
-    """The p-value of values ``(n,)`` whose mean would be at most that."""
-    spread = max(float(values.std()), _LEAST_SPREAD)
-    return student_tail((float(values.mean()) - mean) * math.sqrt(len(values)) / spread, len(values) - 1)
+def _above(values: Tensor, mean: float, spread: float = 0.0, freedom: int = 1 << 10) -> float:
+    """The p-value of values ``(n,)`` whose mean would be at most that.
+
+    Args:
+        spread: standard deviation of what all of them have in common, of each of `DRAWS` and of the one they are
+            compared with.
+        freedom: how many degrees of freedom that was estimated with.
+    """
+    count = len(values)
+    own = max(float(values.var()), _LEAST_SPREAD**2) / count
+    common = spread**2 * (1 + 1 / DRAWS)
+    degrees = int((own + common) ** 2 / (own**2 / (count - 1) + common**2 / freedom))  # Welch 1947
+    return student_tail((float(values.mean()) - mean) / math.sqrt(own + common), degrees)
 
 
 def _mean(divergences: Tensor) -> float:

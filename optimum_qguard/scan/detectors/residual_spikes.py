@@ -41,6 +41,8 @@ _DEQUANTIZED = 0.8
 _REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
 _NARROW = 3.2
 _LEVEL = 1.1
+_WINDOW = 4
+_EMPTY = 0.05
 _FIRST = round(NEAR * BINS)  # what gathers nearer to its symbol was quantized before; no attack has so little room
 _RATIO_NEAR = 4.0
 _WORST = 3
@@ -65,14 +67,18 @@ class _Tests:
     Attributes:
         tensor, cells: of each line.
         counts, spread: see `steepest`; bins from `_FIRST` on.
+        nearer: the bins before, without the first.
         even: of each line, whether its weights lie near no grid at all.
+        repeats: of each line, whether its weights repeat.
     """
 
     tensor: list[str]
     cells: list[int]
     counts: NDArray[np.int64]
     spread: NDArray[np.float64]
+    nearer: NDArray[np.int64]
     even: NDArray[np.bool_]
+    repeats: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class ResidualSpikes(Detector):
             if not suspects:
                 findings += _pooled(self.name, tests, {tests.tensor[line] for line in broad + narrow}, limit)
                 findings += _bumps(self.name, tests, broad, narrow)
-        findings += _grids(self.name, merged, near)
+        alarmed = {tests.tensor[suspect.line] for suspect in suspects}
+        findings += _grids(self.name, merged, {name: grids for name, grids in near.items() if name not in alarmed})
         return Conclusion(findings, _plots(self.name, tests, suspects))
 
 
@@ -172,7 +179,7 @@ def _dequantized(found: Histograms) -> int | None:
 
 def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> _Tests:
     """What can be tested, see `_testable`."""
-    tensor, cells, counts, spread, even = [], [], [], [], []
+    tensor, cells, counts, spread, nearer, even, repeats = [], [], [], [], [], [], []
     seen = set()
     for name, found in merged.items():
         testable = _testable(found, near[name])
@@ -189,9 +196,14 @@ def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]
             # An upper bound of what is estimated, three standard deviations above.
             more = found.chi_square[line] / found.freedom[line] + 3 * math.sqrt(2 / found.freedom[line])
             spread.append(max(1.0, more))
+            nearer.append(found.counts[line, 1:_FIRST])
             even.append(not near[name] and not _repeats(found))
+            repeats.append(_repeats(found))
     table = np.array(counts, dtype=np.int64).reshape(-1, BINS - _FIRST)
-    return _Tests(tensor, cells, table, np.array(spread), np.array(even, dtype=bool))
+    inner = np.array(nearer, dtype=np.int64).reshape(-1, _FIRST - 1)
+    return _Tests(
+        tensor, cells, table, np.array(spread), inner, np.array(even, dtype=bool), np.array(repeats, dtype=bool)
+    )
 
 
 def _testable(found: Histograms, near: Sequence[int]) -> set[int]:
@@ -199,11 +211,10 @@ def _testable(found: Histograms, near: Sequence[int]) -> set[int]:
 
     Weights on or near a grid are not in the formats of its kind. Where the grid has a symbol at zero, the greatest
     weight of a block is a whole number of its steps; then the weights are simple fractions of it, whatever the format,
-    and in whole rows, of which only some blocks are like that, they still nearly are. Values that repeat, as on a grid
-    that is not known, may be so too.
+    and in whole rows, of which only some blocks are like that, they still nearly are.
     """
     kinds = {_kind(CELLS[index]) for index in near}
-    if _repeats(found) or kinds - {"range"}:
+    if kinds - {"range"} or (kinds and _repeats(found)):
         return {i for i in found.cells if "rows" not in kinds and CELLS[i].block == 0 and CELLS[i].steps >= FINE}
     return {i for i in found.cells if not (kinds and _kind(CELLS[i]) in ("range", "searched"))}
 
@@ -226,6 +237,8 @@ def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], lis
     broad: list[int] = []
     narrow: list[int] = []
     for line in range(len(tests.tensor)):
+        if tests.repeats[line] and not _is_box(tests.nearer[line], tests.counts[line], int(falls.place[line])):
+            continue
         if falls.log_p[line] < limit:
             place, width = int(falls.place[line]), int(falls.width[line])
             suspects.append(_Suspect(line, float(falls.log_p[line]), place, width, "edge"))
@@ -236,6 +249,16 @@ def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], lis
             else:
                 (narrow if _is_narrow(tests.counts[line]) else broad).append(line)
     return _without_ripples(tests, suspects, broad + narrow, limit), broad, narrow
+
+
+def _is_box(nearer: NDArray[np.int64], counts: NDArray[np.int64], place: int) -> bool:
+    """Whether weights are spread evenly up to an edge at ``place`` with none beyond. Weights that repeat on an unknown
+    grid have edges too, but anywhere; those that repeat since they were clamped have this."""
+    inside = np.concatenate([nearer, counts[: max(0, place - 4)]])
+    windows = inside[: len(inside) // _WINDOW * _WINDOW].reshape(-1, _WINDOW).sum(1)
+    beyond = counts[place + 2 :]
+    empty = beyond.size > 0 and beyond.mean() < _EMPTY * inside.mean()
+    return bool(empty and windows.max() <= 2 * windows.min())
 
 
 def _is_level(counts: NDArray[np.int64], place: int) -> bool:
@@ -350,9 +373,8 @@ def _pooled(detector: str, tests: _Tests, smooth: set[str], limit: float) -> lis
     best = int(falls.log_p.argmin())
     if falls.log_p[best] >= limit:
         return []
-    together = _Tests(
-        ["all tensors together"] * len(indices), indices, counts, spread, np.ones(len(indices), dtype=bool)
-    )
+    yes = np.ones(len(indices), dtype=bool)
+    together = _Tests(["all tensors together"] * len(indices), indices, counts, spread, counts, yes, ~yes)
     suspect = _Suspect(best, float(falls.log_p[best]), int(falls.place[best]), int(falls.width[best]), "pooled edge")
     message = _said(together, suspect, 1).replace("together has", "together have")
     return [_finding(detector, together, suspect, message[0].upper() + message[1:], None)]
@@ -402,7 +424,7 @@ def _grids(detector: str, merged: Mapping[str, Histograms], near: Mapping[str, t
     for grid, names in sorted(by_grid.items(), key=lambda item: len(item[1]), reverse=True):
         which = f"The weights of {len(names)} tensor(s), {names[0]} for one,"
         if grid is None:
-            message = f"{which} repeat a few values, as on a grid that is not known here: only rows could be tested."
+            message = f"{which} repeat a few values, as on a grid that is not known here, and so cannot be tested well."
         else:
             message = f"{which} lie on or near a grid of {grid[0]}: they were quantized before."
         findings.append(

@@ -16,7 +16,7 @@ from typing import Any
 
 from optimum_qguard.checkpoint.repository import Repository, open_repository
 from optimum_qguard.scan.engine import register
-from optimum_qguard.scan.errors import ScanError
+from optimum_qguard.scan.errors import ScanError, describe
 from optimum_qguard.scan.work import Result, Task, work
 
 RETRIES = 5
@@ -73,7 +73,9 @@ def connect() -> Any:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ScanError(f"no Ray cluster on this machine: {_START}") from error
+            raise ScanError(
+                f"no Ray cluster ({describe(error)}): {_START}; RAY_AUTH_MODE=token if it asks for a token"
+            ) from error
     return ray
 
 

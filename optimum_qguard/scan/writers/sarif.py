@@ -57,7 +57,7 @@ def write(reports: Sequence[ScanReport]) -> str:
 
 def _rule(name: str) -> dict[str, Any]:
     summary = get_detector(name).summary if name in detector_names() else name
-    return {"id": name, "name": name, "shortDescription": {"text": summary}}
+    return {"id": name, "name": name, "shortDescription": {"text": summary}, "properties": {"tags": ["security"]}}
 
 
 def _verdict(report: ScanReport) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hub_server import TOKEN, HubServer
 from safetensors.torch import save
 
 SECRET = "correct horse battery staple"
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 class BotProcess:
@@ -66,14 +66,14 @@ class BotProcess:
             time.sleep(0.1)
 
     def get(self, path: str) -> tuple[int, str]:
-        return self._request(urllib.request.Request(self.url + path))
+        return self.request(urllib.request.Request(self.url + path))
 
     def post(self, body: bytes, secret: str | None = SECRET) -> tuple[int, dict[str, str]]:
         headers = {"Content-Type": "application/json"} | ({} if secret is None else {"X-Webhook-Secret": secret})
-        status, answer = self._request(urllib.request.Request(f"{self.url}/webhooks/scan", body, headers))
+        status, answer = self.request(urllib.request.Request(f"{self.url}/webhooks/scan", body, headers))
         return status, json.loads(answer)
 
-    def _request(self, request: urllib.request.Request) -> tuple[int, str]:
+    def request(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, answer.read().decode()

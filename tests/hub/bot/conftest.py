@@ -11,11 +11,20 @@ from bot_process import BotProcess
 from hub_server import HubServer
 
 
-@pytest.fixture(scope="module")
-def module_hub() -> Iterator[HubServer]:
+@pytest.fixture(scope="session")
+def bots_hub() -> Iterator[HubServer]:
+    """The Hub of `bot`."""
     server = HubServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def bot(bots_hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BotProcess]:
+    """One for many tests, because importing Gradio and torch takes it seconds."""
+    process = BotProcess(bots_hub, tmp_path_factory.mktemp("bot"), "--attempts", "2")
+    yield process
+    assert process.end() == 0
 
 
 @pytest.fixture

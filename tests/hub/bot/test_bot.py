@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
-from collections.abc import Iterator
+import urllib.request
 
-import pytest
 from bot_process import SECRET, BotProcess, checkpoint, event
 from hub_server import HubServer
 from huggingface_hub import HfApi
-
-
-@pytest.fixture(scope="module")
-def bot(module_hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BotProcess]:
-    process = BotProcess(module_hub, tmp_path_factory.mktemp("bot"), "--attempts", "2")
-    yield process
-    assert process.end() == 0
 
 
 def test_only_who_knows_the_secret_is_listened_to(bot: BotProcess) -> None:
@@ -37,19 +30,19 @@ def test_what_is_no_event_is_refused(bot: BotProcess) -> None:
     assert (status, answer["status"]) == (200, "ignored")
 
 
-def test_a_commit_on_the_hub_is_scanned_and_the_report_posted_once(module_hub: HubServer, bot: BotProcess) -> None:
+def test_a_commit_on_the_hub_is_scanned_and_the_report_posted_once(bots_hub: HubServer, bot: BotProcess) -> None:
     watched = [{"type": "user", "name": "org"}]
-    module_hub.add_repository("org/watched", checkpoint())
-    hook = HfApi(endpoint=module_hub.url, token="hf_alice").create_webhook(
+    bots_hub.add_repository("org/watched", checkpoint())
+    hook = HfApi(endpoint=bots_hub.url, token="hf_alice").create_webhook(
         url=f"{bot.url}/webhooks/scan", watched=watched, domains=["repo"], secret=SECRET
     )
-    commit = HfApi(endpoint=module_hub.url, token="hf_alice").upload_file(
+    commit = HfApi(endpoint=bots_hub.url, token="hf_alice").upload_file(
         repo_id="org/watched", path_or_fileobj=b"{}", path_in_repo="generation_config.json"
     )
-    discussions = module_hub.repository("org/watched").discussions
+    discussions = bots_hub.repository("org/watched").discussions
     bot.wait(lambda: discussions)
     bot.wait(lambda: bot.idle)
-    HfApi(endpoint=module_hub.url, token="hf_alice").delete_webhook(hook.id)
+    HfApi(endpoint=bots_hub.url, token="hf_alice").delete_webhook(hook.id)
     for _ in range(3):
         status, answer = bot.post(event("org/watched", commit.oid))
         assert (status, answer["status"]) == (200, "duplicate")
@@ -60,13 +53,13 @@ def test_a_commit_on_the_hub_is_scanned_and_the_report_posted_once(module_hub: H
     assert f"org/watched@{commit.oid}: " in bot.log
 
 
-def test_a_broken_repository_is_reported_as_such(module_hub: HubServer, bot: BotProcess) -> None:
+def test_a_broken_repository_is_reported_as_such(bots_hub: HubServer, bot: BotProcess) -> None:
     lie = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
     files = {"model.safetensors": struct.pack("<Q", len(lie)) + lie}
-    commit = module_hub.add_repository("org/liar", files)
+    commit = bots_hub.add_repository("org/liar", files)
     assert bot.post(event("org/liar", commit))[0] == 202
     bot.wait(lambda: bot.idle)
-    (discussion,) = module_hub.repository("org/liar").discussions
+    (discussion,) = bots_hub.repository("org/liar").discussions
     assert discussion.title == f"QGuard scan of {commit[:8]}: suspicious"
 
 
@@ -78,15 +71,24 @@ def test_a_repository_that_is_gone_is_tried_again_and_given_up(bot: BotProcess) 
     assert "; given up" in bot.log
 
 
-def test_posting_is_tried_again_without_another_scan(module_hub: HubServer, bot: BotProcess) -> None:
-    commit = module_hub.add_repository("org/later", checkpoint())
-    module_hub.fail("POST /api/models/org/later/discussions", status=500, times=1)
+def test_posting_is_tried_again_without_another_scan(bots_hub: HubServer, bot: BotProcess) -> None:
+    commit = bots_hub.add_repository("org/later", checkpoint())
+    bots_hub.fail("POST /api/models/org/later/discussions", status=500, times=1)
     scans = bot.metric("qguard_bot_scan_seconds_count")
     bot.post(event("org/later", commit))
-    bot.wait(lambda: module_hub.repository("org/later").discussions)
+    bot.wait(lambda: bots_hub.repository("org/later").discussions)
     bot.wait(lambda: bot.idle)
     assert bot.metric("qguard_bot_scan_seconds_count") == scans + 1
     assert bot.metric('qguard_bot_failures_total{step="post"}') == 1
+
+
+def test_no_address_takes_large_bodies(bot: BotProcess) -> None:
+    body = json.dumps({"data": ["x" * (8 << 20)], "fn_index": 0, "session_hash": "x"}).encode()
+    for path in ("queue/join", "run/scan", "reset"):
+        request = urllib.request.Request(f"{bot.url}/gradio_api/{path}", body, {"Content-Type": "application/json"})
+        with contextlib.suppress(OSError):  # it hung up
+            assert bot.request(request)[0] >= 400
+    assert bot.answers
 
 
 def test_health_and_metrics(bot: BotProcess) -> None:

@@ -12,7 +12,7 @@ import pytest
 from bot_process import BotProcess, checkpoint, event, is_alive
 from hub_server import Discussion, HubServer, Repository
 
-REPOSITORIES = 100
+REPOSITORIES = 50
 EVENTS = 1000
 WORKERS = 2
 KILLED_AT = 20

@@ -31,7 +31,7 @@ def queue(path: Path) -> Iterator[JobQueue]:
     opened.close()
 
 
-def test_a_commit_is_queued_once_whatever_becomes_of_it(queue: JobQueue) -> None:
+def test_a_commit_is_queued_once(queue: JobQueue) -> None:
     number, new = queue.add("org/model", COMMIT)
     assert new
     assert queue.add("org/model", COMMIT) == (number, False)
@@ -47,7 +47,7 @@ def test_a_commit_is_queued_once_whatever_becomes_of_it(queue: JobQueue) -> None
     assert (done.state, done.verdict, done.url) == ("done", "clean", "https://hub/1")
 
 
-def test_visitors_may_ask_again_and_come_first(queue: JobQueue) -> None:
+def test_visitors_may_ask_again_and_take_turns_with_webhooks(queue: JobQueue) -> None:
     queue.add("org/model", COMMIT)
     first, _ = queue.add("org/model", COMMIT, full=True, origin="page")
     second, new = queue.add("org/model", COMMIT, origin="page")
@@ -58,8 +58,8 @@ def test_visitors_may_ask_again_and_come_first(queue: JobQueue) -> None:
     claimed = [queue.claim() for _ in range(4)]
     assert [None if job is None else (job.id, job.origin) for job in claimed] == [
         (first, "page"),
-        (second, "page"),
         (1, "webhook"),
+        (second, "page"),
         None,
     ]
 
@@ -120,6 +120,11 @@ def test_retries_wait_longer_each_time_and_end(queue: JobQueue, path: Path) -> N
     assert failed is not None
     assert (failed.state, failed.reason) == ("failed", "reason 2")
     assert queue.claim() is None
+    # Sent again, it is tried again.
+    assert queue.add("org/model", COMMIT) == (number, True)
+    job = queue.claim()
+    assert job is not None
+    assert job.attempts == 1
 
 
 def test_given_back_it_has_lost_no_attempt(queue: JobQueue) -> None:
