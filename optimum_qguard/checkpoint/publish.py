@@ -102,7 +102,12 @@ def publish(
     if not (token or get_token()):
         raise CheckpointError(f"{repo_id}: no token to upload with; set HF_TOKEN, or run: hf auth login")
     api = HfApi(token=token, library_name="optimum-qguard")
-    said = described_block(description) | dict(block or {})
+    try:
+        said = described_block(description) | dict(block or {})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: was changed or damaged ({type(error).__name__}: {error}); write it again"
+        ) from error
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -158,7 +163,8 @@ def _check_folder(folder: Path, include_pickles: bool) -> tuple[dict[str, Any], 
         raise CheckpointError(f"{folder}: no such folder; name one that a verb of qguard wrote")
     reader = CheckpointReader(folder)
     description = read_description(folder)
-    for name, digest in (description.get("files") or {}).items():
+    hashes = description.get("files")
+    for name, digest in hashes.items() if isinstance(hashes, dict) else ():
         if name not in reader.shards or _sha256(reader.file(name)) != digest:
             raise CheckpointError(
                 f"{folder}: {name} is not what {MANIFEST_FILE} says (its SHA-256); one of them was changed: write the "

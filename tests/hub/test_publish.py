@@ -329,6 +329,11 @@ def test_refused_before_anything_is_sent(hub: HubServer, encrypted: Path, tiny_l
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "model.safetensors is not what qguard.json says" in error_of(push, encrypted, "org/model")
+    for damaged in ('{"tensors": [3]}', '{"kind": "encrypted", "mixed": []}', '{"tensors": 7}'):
+        (encrypted / "qguard.json").write_text(damaged)
+        assert "qguard.json: was changed or damaged" in error_of(push, encrypted, "org/model")
+    (encrypted / "qguard.json").write_text("[]")
+    assert "not a JSON object" in error_of(push, encrypted, "org/model")
     (encrypted / "qguard.json").write_text("[")
     assert "cannot be read as JSON" in error_of(push, encrypted, "org/model")
     assert not hub.requests
