@@ -76,8 +76,8 @@ def _run(settings: Any) -> None:
     from optimum_qguard.hub.bot.errors import BotError
 
     try:
+        import prometheus_client  # noqa: F401, I001  the quicker one first
         import gradio  # noqa: F401
-        import prometheus_client  # noqa: F401
     except ImportError as error:
         raise BotError(f"the bot needs {error.name}: pip install 'optimum-qguard[bot]'") from error
     from optimum_qguard.hub.bot.server import WEBHOOK, Bot

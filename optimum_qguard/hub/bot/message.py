@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from optimum_qguard.checkpoint.errors import printable
 from optimum_qguard.scan.report import ScanReport
 
 _MOST_FINDINGS = 20
@@ -102,16 +103,15 @@ def _findings(report: ScanReport) -> list[str]:
 
 def _text(text: str) -> str:
     """Names of tensors and files come from strangers: nothing in them may be a link, a mention, HTML or a table."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
-    if len(printable) > _LONGEST_MESSAGE:
-        printable = f"{printable[:_LONGEST_MESSAGE]} …"
+    line = printable(" ".join(text.split()))
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[:_LONGEST_MESSAGE]} …"
     # Some renderers make links and mentions of what escapes have become, so these are spelt otherwise.
-    defanged = re.sub(r"(?i)(https?|ftp):", r"\1[:]", re.sub(r"(?i)www\.", "www[.]", printable)).replace("@", "[at]")
+    defanged = re.sub(r"(?i)(https?|ftp):", r"\1[:]", re.sub(r"(?i)www\.", "www[.]", line)).replace("@", "[at]")
     escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", defanged)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _code(name: str) -> str:
     """A name as code, in which nothing is markup."""
-    kept = "".join(letter if letter.isprintable() and letter not in "`|" else "?" for letter in name)
-    return f"`{kept[:200]}`"
+    return f"`{re.sub('[`|]', '?', printable(name))[:200]}`"

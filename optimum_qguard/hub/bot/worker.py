@@ -7,6 +7,9 @@ import threading
 import time
 from typing import Protocol
 
+from pydantic import ValidationError
+
+from optimum_qguard.checkpoint.errors import printable
 from optimum_qguard.hub.bot.errors import ScanFailed, ScannerUnavailable
 from optimum_qguard.hub.bot.metrics import Metrics
 from optimum_qguard.hub.bot.queue import Job, JobQueue
@@ -83,7 +86,7 @@ class Workers:
         try:
             if job.attempts > self._settings.attempts:
                 raise ScanFailed(job.reason or "the bot itself ended while it worked on this")
-            report = self._scan(job, process) if job.report is None else ScanReport.model_validate_json(job.report)
+            report = _stored(job) or self._scan(job, process)
         except ScanFailed as error:
             if self._stop.is_set():
                 self._queue.give_back(job)
@@ -117,8 +120,17 @@ class Workers:
         return report
 
     def _failed(self, job: Job, step: str, reason: str) -> None:
+        reason = printable(reason)  # it may quote names in the repository
         self._metrics.failures.labels(step).inc()
         # Somebody waits at the page, and can ask again.
         attempts = 1 if job.origin == "page" else self._settings.attempts
         state = self._queue.retry(job, reason, attempts=attempts, delay=self._settings.retry_delay)
         log.warning("%s: %s failed (%s)%s", job.name, step, reason, "; given up" if state == "failed" else "")
+
+
+def _stored(job: Job) -> ScanReport | None:
+    """The report of a scan that was finished before; not one that another version wrote."""
+    try:
+        return None if job.report is None else ScanReport.model_validate_json(job.report)
+    except ValidationError:
+        return None

@@ -6,7 +6,9 @@ import contextlib
 import json
 import struct
 import urllib.request
+from pathlib import Path
 
+import pytest
 from bot_process import SECRET, BotProcess, checkpoint, event
 from hub_server import HubServer
 from huggingface_hub import HfApi
@@ -30,19 +32,19 @@ def test_what_is_no_event_is_refused(bot: BotProcess) -> None:
     assert (status, answer["status"]) == (200, "ignored")
 
 
-def test_a_commit_on_the_hub_is_scanned_and_the_report_posted_once(bots_hub: HubServer, bot: BotProcess) -> None:
-    watched = [{"type": "user", "name": "org"}]
+def test_a_commit_on_the_hub_is_scanned_and_the_report_posted_once(
+    bots_hub: HubServer, bot: BotProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bots_hub.use_here(monkeypatch, tmp_path)
     bots_hub.add_repository("org/watched", checkpoint())
-    hook = HfApi(endpoint=bots_hub.url, token="hf_alice").create_webhook(
-        url=f"{bot.url}/webhooks/scan", watched=watched, domains=["repo"], secret=SECRET
+    hook = HfApi().create_webhook(
+        url=f"{bot.url}/webhooks/scan", watched=[{"type": "user", "name": "org"}], domains=["repo"], secret=SECRET
     )
-    commit = HfApi(endpoint=bots_hub.url, token="hf_alice").upload_file(
-        repo_id="org/watched", path_or_fileobj=b"{}", path_in_repo="generation_config.json"
-    )
+    commit = HfApi().upload_file(repo_id="org/watched", path_or_fileobj=b"{}", path_in_repo="generation_config.json")
     discussions = bots_hub.repository("org/watched").discussions
     bot.wait(lambda: discussions)
     bot.wait(lambda: bot.idle)
-    HfApi(endpoint=bots_hub.url, token="hf_alice").delete_webhook(hook.id)
+    HfApi().delete_webhook(hook.id)
     for _ in range(3):
         status, answer = bot.post(event("org/watched", commit.oid))
         assert (status, answer["status"]) == (200, "duplicate")
@@ -91,11 +93,13 @@ def test_no_address_takes_large_bodies(bot: BotProcess) -> None:
     assert bot.answers
 
 
-def test_health_and_metrics(bot: BotProcess) -> None:
+def test_health_and_metrics(bots_hub: HubServer, bot: BotProcess) -> None:
+    bot.post(event("org/measured", bots_hub.add_repository("org/measured", {"model.safetensors": b"broken"})))
+    bot.wait(lambda: bot.idle)
     status, text = bot.get("/health")
     health = json.loads(text)
     assert (status, health["status"], health["workers"], health["workers_alive"]) == (200, "ok", 1, 1)
     assert bot.metric('qguard_bot_jobs{state="done"}') == health["done"] > 0
     assert bot.metric('qguard_bot_verdicts_total{verdict="suspicious"}') >= 1
-    assert bot.metric('qguard_bot_webhook_requests_total{outcome="duplicate"}') >= 3
+    assert bot.metric('qguard_bot_webhook_requests_total{outcome="accepted"}') >= 1
     assert SECRET not in text + bot.get("/metrics")[1] + bot.log

@@ -134,3 +134,27 @@ def test_commits_wait_while_nothing_can_be_scanned(
     assert (job(queue, number).state, job(queue, number).attempts) == ("failed", 2)
     assert job(queue, number).reason == "it is gone"
     assert list(failures) == []
+
+
+def test_a_report_of_another_version_is_made_anew(
+    queue: JobQueue, work: Callable[..., Posts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = add(queue, "org/model", None)
+    queue.keep_report(job(queue, number), '{"schema_version": 99}', "clean")
+    scanned = ScanReport(model="org/model", revision=COMMIT, verdict="suspicious", reason="because")
+    monkeypatch.setattr(ScanProcess, "scan", lambda *_, **__: scanned)
+    assert work().posted == ["org/model"]
+    assert job(queue, number).verdict == "suspicious"
+
+
+def test_reasons_cannot_write_on_a_terminal(
+    queue: JobQueue, work: Callable[..., Posts], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scan(*_: Any, **__: Any) -> ScanReport:
+        raise ScanFailed("a\x1b[2J\nb")
+
+    number = add(queue, "org/model", None)
+    monkeypatch.setattr(ScanProcess, "scan", scan)
+    work(attempts=1)
+    assert "\x1b" not in caplog.text
+    assert "\x1b" not in (job(queue, number).reason or "\x1b")
