@@ -3,7 +3,7 @@
 For a channel let ``d`` be half of the octaves by which the weights that read it are larger, and those that compute it
 smaller, than those of the median channel, and ``s`` the octaves by which their product is. Scaling a channel moves
 ``d`` and leaves ``s``. So a channel is *unbalanced* from ``x`` octaves on if ``|d| >= x`` and ``|s| <= |d| / 2``. Of
-trained models few channels are beyond one octave (see docs/scan-methods-model.md); their share is taken to be at most
+trained models few channels are beyond one octave (see docs/scan-methods.md); their share is taken to be at most
 ``2**-(2 x + 6)``, so that their number is at most a binomial. Channels of the residual stream that are large all
 through a model count once, and a few of them are allowed for on top.
 
