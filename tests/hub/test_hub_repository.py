@@ -77,6 +77,9 @@ def test_one_commit_whatever_happens_to_the_branch(hub: HubServer, repository: H
     assert repository.read(FILE, 5, 5) == CONTENT[5:10]
     assert open_repository(f"org/model@{repository.revision}").read("config.json") == b"{}"
     assert open_repository("org/model", revision="main").read("config.json") == b"new"
+    hub.commit("org/model", {"config.json": b"proposed"}, "refs/pr/1")
+    assert open_repository("org/model@refs/pr/1").read("config.json") == b"proposed"
+    assert (download_snapshot("org/model@refs/pr/1") / "config.json").read_bytes() == b"proposed"
     assert "give one" in error_of(open_repository, "org/model@main", revision="main")
 
 
