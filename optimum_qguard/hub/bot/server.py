@@ -157,7 +157,7 @@ class Bot:
     def health(self) -> Response:
         """Whether everybody works, and how much there is to do."""
         alive = self._workers.alive()
-        content: dict[str, Any] = {**self._queue.counts()}
+        content: dict[str, Any] = {str(state): count for state, count in self._queue.counts().items()}
         healthy = alive == self._settings.workers
         content |= {
             "status": "ok" if healthy else "degraded",
