@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from optimum_qguard.hub.bot.queue import STATES, JobQueue
+from optimum_qguard.hub.bot.queue import JobQueue
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
@@ -21,8 +21,8 @@ class _Jobs(Collector):
 
     def collect(self) -> Iterable[Metric]:
         jobs = GaugeMetricFamily("qguard_bot_jobs", "Commits in the queue file, by state.", labels=["state"])
-        for state in STATES:
-            jobs.add_metric([state], self._queue.count(state))
+        for state, count in self._queue.counts().items():
+            jobs.add_metric([state], count)
         yield jobs
         verdicts = CounterMetricFamily("qguard_bot_verdicts", "Commits scanned, by verdict.", labels=["verdict"])
         for verdict, count in self._queue.verdicts().items():

@@ -253,14 +253,21 @@ class JobQueue:
                 ).fetchone()[0]
             )
 
-    def count(self, state: State, origin: Origin | None = None) -> int:
-        """How many jobs are in a state."""
+    def count(self, state: State, origin: Origin) -> int:
+        """How many jobs of an origin are in a state."""
         with self._lock:
             return int(
                 self._connection.execute(
-                    "SELECT count(*) FROM jobs WHERE state = ? AND origin = coalesce(?, origin)", (state, origin)
+                    "SELECT count(*) FROM jobs WHERE state = ? AND origin = ?", (state, origin)
                 ).fetchone()[0]
             )
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state, all at one moment."""
+        with self._lock:
+            rows = self._connection.execute("SELECT state, count(*) AS n FROM jobs GROUP BY state").fetchall()
+        found = {row["state"]: row["n"] for row in rows}
+        return {state: found.get(state, 0) for state in STATES}
 
     def verdicts(self) -> dict[str, int]:
         """How many of the jobs that are done have which verdict."""

@@ -22,7 +22,7 @@ from optimum_qguard.hub.bot.errors import BotError
 from optimum_qguard.hub.bot.metrics import Metrics
 from optimum_qguard.hub.bot.payload import parse_event
 from optimum_qguard.hub.bot.poster import Poster, Printer
-from optimum_qguard.hub.bot.queue import MOST_QUEUED, STATES, JobQueue
+from optimum_qguard.hub.bot.queue import MOST_QUEUED, JobQueue
 from optimum_qguard.hub.bot.settings import BotSettings
 from optimum_qguard.hub.bot.worker import Workers
 
@@ -157,7 +157,7 @@ class Bot:
     def health(self) -> Response:
         """Whether everybody works, and how much there is to do."""
         alive = self._workers.alive()
-        content: dict[str, Any] = {state: self._queue.count(state) for state in STATES}
+        content: dict[str, Any] = {str(state): count for state, count in self._queue.counts().items()}
         healthy = alive == self._settings.workers
         content |= {
             "status": "ok" if healthy else "degraded",

@@ -91,7 +91,7 @@ def test_what_ran_when_the_bot_ended_is_queued_again_with_its_report(path: Path)
     queue.keep_report(scanned, '{"verdict": "clean"}', "clean")
     queue.close()
     queue = JobQueue(path)
-    assert queue.count("running") == 0
+    assert queue.counts() == {"queued": 2, "running": 0, "done": 0, "failed": 0}
     again = queue.claim()
     assert again is not None
     assert (again.repository, again.report) == ("org/scanned", '{"verdict": "clean"}')

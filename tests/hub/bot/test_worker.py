@@ -53,7 +53,7 @@ def work(queue: JobQueue, tmp_path: Path) -> Callable[..., Posts]:
         workers.start()
         assert workers.alive() == 2
         end = time.monotonic() + 30
-        while queue.count("queued") or queue.count("running"):
+        while (counts := queue.counts())["queued"] or counts["running"]:
             assert time.monotonic() < end
             time.sleep(0.01)
         workers.stop()
@@ -95,7 +95,7 @@ def test_only_findings(queue: JobQueue, work: Callable[..., Posts]) -> None:
     for verdict in ("clean", "suspicious", "inconclusive", "skipped"):
         add(queue, f"org/{verdict}", verdict)
     assert work(only_findings=True).posted == ["org/suspicious"]
-    assert queue.count("done") == 4
+    assert queue.counts()["done"] == 4
 
 
 def test_posting_is_tried_again_and_given_up(queue: JobQueue, work: Callable[..., Posts]) -> None:
