@@ -37,6 +37,10 @@ class Detector(ABC):
             WeightError: weights that it cannot look at (NaN, infinite).
         """
 
+    def examine_many(self, samples: Sequence[Sample]) -> Sequence[Any]:
+        """`examine` of each of them, for detectors that are faster so."""
+        return [self.examine(sample) for sample in samples]
+
     @abstractmethod
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
         """What it all means.

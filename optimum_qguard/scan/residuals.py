@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optimum_qguard.formats import Format, get_format
+from optimum_qguard.formats import get_format
 from optimum_qguard.formats.scratch import Scratch
 from optimum_qguard.scan.sample import Sample
 
@@ -41,6 +42,9 @@ NEAREST_BINS = 4
 
 LEAST_WEIGHTS = 4096
 """That a tensor must have for anything to be said about it."""
+
+QUICK_WEIGHTS, QUICK_SHARE = 1 << 13, 1 / 400
+"""That a quick scan looks at in each tensor: so many, or that share if it is more."""
 
 GROUP = 2048
 """Weights next to each other, whose histograms are compared: equal values there make them differ too much."""
@@ -164,44 +168,76 @@ class Histograms:
         self.dequantized = self.dequantized + other.dequantized
 
 
-def histograms(sample: Sample) -> Histograms | None:
-    """Look where the weights of a sample lie; ``None`` for vectors and tensors too small to say anything about."""
-    rows = sample.rows
-    columns = sample.shape[-1] if len(sample.shape) > 1 else 0
-    if columns == 0 or math.prod(sample.shape) < LEAST_WEIGHTS:
-        return None
-    chosen = [index for index, cells in enumerate(CELLS) if cells.fits(columns)]
-    if not chosen:
-        return None
-    total = Histograms(
-        tuple(chosen),
-        np.zeros((len(chosen), BINS), dtype=np.int64),
-        np.zeros((len(chosen), 3), dtype=np.int64),
-        np.zeros(len(chosen)),
-        np.zeros(len(chosen)),
-        *_repeated(rows),
-    )
-    place = {index: position for position, index in enumerate(chosen)}
-    found: dict[int, list[tuple[list[int], Tensor]]] = {}
+def histograms(samples: Sequence[Sample]) -> list[Histograms | None]:
+    """Look where the weights of each sample lie; ``None`` for vectors and tensors too small to say anything about.
+
+    Samples of one size are looked at together: most of the time of a small one is the overhead of calls.
+    """
+    found: list[Histograms | None] = [None] * len(samples)
+    alike: dict[object, list[tuple[int, Tensor]]] = {}
+    for number, sample in enumerate(samples):
+        columns = sample.shape[-1] if len(sample.shape) > 1 else 0
+        if columns and math.prod(sample.shape) >= LEAST_WEIGHTS and _fitting(columns):
+            rows = _few(sample)
+            alike.setdefault((rows.dtype, rows.shape, _is_rounded(rows)), []).append((number, rows))
+    for members in alike.values():
+        size = members[0][1].numel()
+        together = max(1, _CHUNK // size) if size % _SEARCHED == 0 else 1
+        for start in range(0, len(members), together):
+            numbers, rows_of = zip(*members[start : start + together], strict=True)
+            # Of integers, so the same in every process.
+            draw = hash(tuple(samples[number].first_rows for number in numbers))
+            for number, histogram in zip(numbers, _look(rows_of, draw), strict=True):
+                found[number] = histogram
+    return found
+
+
+@cache
+def _fitting(columns: int) -> tuple[int, ...]:
+    return tuple(index for index, cells in enumerate(CELLS) if cells.fits(columns))
+
+
+def _few(sample: Sample) -> Tensor:
+    """The rows to look at: of a quick scan's some, from all of its runs, that end where blocks do."""
+    rows, columns = sample.rows, sample.rows.shape[1]
+    unit = _SEARCHED // math.gcd(columns, _SEARCHED)
+    units = len(rows) // unit
+    wanted = math.ceil(max(QUICK_WEIGHTS, QUICK_SHARE * math.prod(sample.shape)) / (unit * columns))
+    if not sample.quick or wanted >= units:
+        return rows
+    chosen = torch.arange(wanted) * units // wanted
+    return rows[: units * unit].view(units, unit, columns)[chosen].view(-1, columns)
+
+
+def _look(rows_of: Sequence[Tensor], draw: int) -> list[Histograms]:
+    """Histograms of samples whose rows have one shape; ``draw`` decides which of them is looked at in the K-quants,
+    and in which one: a search takes longer than all else."""
+    members, columns = len(rows_of), rows_of[0].shape[1]
+    chosen = _fitting(columns)
+    counts = np.zeros((members, len(chosen), BINS), dtype=np.int64)
+    below = np.zeros((members, len(chosen), 3), dtype=np.int64)
+    chi_square, freedom = np.zeros((members, len(chosen))), np.zeros((members, len(chosen)))
+    rows = rows_of[0] if members == 1 else torch.cat(list(rows_of))
+    searched = [index for index in chosen if CELLS[index].block == _SEARCHED]
     scratch = _scratch()
-    for number, chunk in enumerate(_chunks(rows)):
+    for number, chunk in enumerate(_chunks(rows) if members == 1 else [rows]):
         spread, coarse = _dithered(chunk, scratch)
-        _leave_out_repeated(chunk, spread)
-        # A search takes longer than all else, so each chunk has one K-quant's turn, by where it happens to lie.
-        searched = [index for index in chosen if CELLS[index].block == _SEARCHED]
-        turn = (
-            searched[(sample.first_rows[0] + number) % len(searched)] if searched and number < len(searched) else None
-        )
-        for indices, places in _positions(chunk, spread, chosen, scratch, coarse=coarse, turn=turn):
-            found.setdefault(places.shape[1], []).append((indices, _found(places)))
-        for parts in found.values():
-            _add(
-                total,
-                [place[index] for indices, _ in parts for index in indices],
-                torch.cat([part for _, part in parts]),
-            )
-        found.clear()
-    return total
+        _leave_out_repeated(chunk, spread, members)
+        parts = [
+            (indices, slice(None), _found(places, members))
+            for indices, places in _positions(chunk, spread, chosen, scratch, coarse=coarse)
+        ]
+        if number < len(searched):
+            turn, one = searched[(draw + number) % len(searched)], draw // len(searched) % members
+            stored, moved = (part.reshape(members, -1)[one] for part in (chunk, spread))
+            if len(stored) >= _SEARCHED:
+                parts.append(([turn], slice(one, one + 1), _found(_in_k_quant(stored, moved, turn), 1)))
+        for indices, which, of_part in parts:
+            at = which, [chosen.index(index) for index in indices]
+            for total, of_chunk in zip((counts, below, chi_square, freedom), _summed(of_part), strict=True):
+                total[at] += of_chunk
+    each = zip(counts, below, chi_square, freedom, (_repeated(rows) for rows in rows_of), strict=True)
+    return [Histograms(chosen, *arrays, *repeated) for *arrays, repeated in each]
 
 
 def _scratch() -> Scratch:
@@ -253,7 +289,7 @@ def _dithered(rows: Tensor, scratch: Scratch) -> tuple[Tensor, bool]:
         bits += _noise(bits.numel(), 13).view_as(bits)
     else:
         last = bits & 0x1FFF
-        if int(torch.count_nonzero(last)) < 0.999 * last.numel():
+        if _is_often_zero(last):
             is_16 = last == 0
             is_bfloat16 = is_16 & ((bits & 0xFFFF) == 0)
             noise = torch.where(is_16, _noise(bits.numel(), 13).view_as(bits), 0)
@@ -261,6 +297,17 @@ def _dithered(rows: Tensor, scratch: Scratch) -> tuple[Tensor, bool]:
             coarse = int(is_bfloat16.sum()) > 0.5 * int(is_16.sum())
             bits += torch.where(is_bfloat16, _noise(bits.numel(), 16).view_as(bits), noise) if coarse else noise
     return torch.where(rows == 0, 0, weights), coarse
+
+
+def _is_rounded(rows: Tensor) -> bool:
+    """Whether `_dithered` would find that these had 16 bits."""
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        return True
+    return _is_often_zero(rows.reshape(-1)[:_CHUNK].float().view(torch.int32) & 0x1FFF)
+
+
+def _is_often_zero(bits: Tensor) -> bool:
+    return int(torch.count_nonzero(bits)) < 0.999 * bits.numel()
 
 
 @cache
@@ -274,19 +321,21 @@ def _noise(count: int, bits: int) -> Tensor:
     return noise[:count] if count <= len(noise) else noise.repeat(-(-count // len(noise)))[:count]
 
 
-def _leave_out_repeated(rows: Tensor, spread: Tensor) -> None:
+def _leave_out_repeated(rows: Tensor, spread: Tensor, members: int) -> None:
     """Set rows that are there already (unused tokens of a vocabulary, for instance) to zero in ``spread``."""
-    if len(rows) < 2 or rows.shape[1] * rows.element_size() < 8:
+    if len(rows) < 2 * members or rows.shape[1] * rows.element_size() < 8:
         return
-    keys = rows[:, : 8 // rows.element_size()].contiguous().view(torch.int64).squeeze(1)
-    ordered, order = keys.sort(stable=True)
-    repeated = order[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):
-        spread[repeated] = 0
+    keys = rows[:, : 8 // rows.element_size()].contiguous().view(torch.int64).view(members, -1)
+    ordered, order = keys.sort(dim=1, stable=True)
+    same = ordered[:, 1:] == ordered[:, :-1]
+    if bool(same.any()):
+        order += torch.arange(0, len(rows), keys.shape[1])[:, None]
+        one, other = order[:, :-1][same], order[:, 1:][same]
+        spread[other[(rows[one] == rows[other]).all(1)]] = 0
 
 
 def _positions(
-    rows: Tensor, spread: Tensor, chosen: list[int], scratch: Scratch, *, coarse: bool, turn: int | None
+    rows: Tensor, spread: Tensor, chosen: Sequence[int], scratch: Scratch, *, coarse: bool
 ) -> Iterator[tuple[list[int], Tensor]]:
     """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
     (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
@@ -310,10 +359,6 @@ def _positions(
         if CELLS[index].flat and len(blocks):
             absmax = rows.reshape(-1)[: flat - flat % width].view(-1, width).abs().amax(1, keepdim=True).float()
             yield [index], _in_code_book(blocks, absmax, CELLS[index].format, scratch)
-    if turn is not None:
-        count = max(1, min(_K_QUANT_WEIGHTS, flat) // _SEARCHED) * _SEARCHED
-        stored, weights = (part.reshape(-1)[:count].view(-1, _SEARCHED) for part in (rows, spread))
-        yield [turn], _searched(stored, weights, get_format(CELLS[turn].format))
 
 
 def _even_grids(
@@ -370,8 +415,11 @@ def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: 
     return places.bitwise_and_(2 * BINS - 1).view(len(inverse), -1)
 
 
-def _searched(stored: Tensor, blocks: Tensor, format: Format) -> Tensor:
+def _in_k_quant(stored: Tensor, weights: Tensor, index: int) -> Tensor:
     """`_positions` for a K-quant, whose scales only its own search knows."""
+    count = min(_K_QUANT_WEIGHTS, stored.numel()) // _SEARCHED * _SEARCHED
+    stored, blocks = (part[:count].view(-1, _SEARCHED) for part in (stored, weights))
+    format = get_format(CELLS[index].format)
     sub_blocks = format.blocks(stored)
     grid = format.grid(sub_blocks)
     weights = blocks.reshape(sub_blocks.shape)
@@ -409,31 +457,32 @@ def _code_book(format: str) -> Tensor:
     return torch.from_numpy(np.where(inner, np.where(right, place, 2 * BINS - 1 - place), 0).astype(np.int32))
 
 
-def _found(places: Tensor) -> Tensor:
-    """How many are in each place, ``(n_formats, n_groups, 2 * BINS)``; overwrites ``places``."""
-    formats, n = places.shape
+def _found(places: Tensor, members: int) -> Tensor:
+    """How many are in each place, ``(n_formats, members, n_groups, 2 * BINS)``; overwrites ``places``."""
+    formats, n = places.shape[0], places.shape[1] // members
     groups = max(1, n // GROUP)
-    first = torch.arange(0, formats * groups * 2 * BINS, 2 * BINS, dtype=torch.int32).view(formats, groups, 1)
+    shape = formats, members, groups, 2 * BINS
+    first = torch.arange(0, math.prod(shape), 2 * BINS, dtype=torch.int32).view(formats, members, groups, 1)
     whole = min(n, groups * GROUP)
-    places[:, :whole].view(formats, groups, -1).add_(first)
-    places[:, whole:].add_(first[:, -1])
-    return torch.bincount(places.view(-1), minlength=formats * groups * 2 * BINS).view(formats, groups, 2 * BINS)
+    of_member = places.view(formats, members, n)
+    of_member[:, :, :whole].view(formats, members, groups, -1).add_(first)
+    of_member[:, :, whole:].add_(first[:, :, -1])
+    return torch.bincount(places.view(-1), minlength=math.prod(shape)).view(shape)
 
 
-def _add(total: Histograms, at: list[int], found: Tensor) -> None:
-    """Add what was `_found` of the formats ``at`` these indices of ``total``."""
-    formats, groups, _ = found.shape
+def _summed(found: Tensor) -> list[NDArray[Any]]:
+    """`Histograms.counts`, ``below``, ``chi_square`` and ``freedom`` of what was `_found`, ``(members, n_formats, …)``."""
+    formats, members, groups, _ = found.shape
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
-    below = found[..., BINS:].sum(1)
-    total.counts[at] += by_group.sum(1).numpy()
-    parts = [below[:, -NEAREST_BINS:], below[:, -round(NEAR * BINS) :], below]
-    total.below[at] += torch.stack([part.sum(1) for part in parts], dim=1).numpy()
+    below = found[..., BINS:].sum(2)
+    nearest = [below[..., -NEAREST_BINS:], below[..., -round(NEAR * BINS) :], below]
     # Some bins taken together: there are too few weights in one. The first bin holds what is left out.
-    inner = by_group.view(formats, groups, -1, _TOGETHER)[:, :, 1:].sum(3, dtype=torch.float32)
-    of_group, of_bins = inner.sum(2, keepdim=True), inner.sum(1, keepdim=True)
-    of_all = of_bins.sum(2).flatten()
+    inner = by_group.view(formats, members, groups, -1, _TOGETHER)[..., 1:, :].sum(-1, dtype=torch.float32)
+    of_group, of_bins = inner.sum(-1, keepdim=True), inner.sum(2, keepdim=True)
+    of_all = of_bins.sum((2, 3))
     # Σ (O - E)² / E with E = (the group's sum) (the bins' sum) / total.
-    chi_square = (inner.square() / (of_group * of_bins).clamp_(min=1)).sum((1, 2)) * of_all - of_all
-    filled_bins, filled_groups = (of_bins > 0).sum(2).flatten(), (of_group > 0).sum(1).flatten()
-    total.chi_square[at] += chi_square.double().numpy()
-    total.freedom[at] += ((filled_bins - 1).clamp_(min=0) * (filled_groups - 1).clamp_(min=0)).double().numpy()
+    chi_square = (inner.square() / (of_group * of_bins).clamp_(min=1)).sum((2, 3)) * of_all - of_all
+    filled_bins, filled_groups = (of_bins > 0).sum((2, 3)), (of_group > 0).sum((2, 3))
+    freedom = (filled_bins - 1).clamp_(min=0) * (filled_groups - 1).clamp_(min=0)
+    parts = by_group.sum(2), torch.stack([part.sum(-1) for part in nearest], dim=-1), chi_square, freedom
+    return [part.transpose(0, 1).numpy() for part in parts]

@@ -40,6 +40,7 @@ class Sample:
         first_rows: for each run of consecutive rows in ``rows``, which row of the whole tensor (its leading dimensions
             flattened) it begins with; the runs are equally long but for the last.
         complete: whether ``rows`` is the whole tensor.
+        quick: whether it was chosen for a quick scan, so that a costly detector may look at a part of it.
     """
 
     tensor: str
@@ -48,6 +49,7 @@ class Sample:
     rows: Tensor
     first_rows: tuple[int, ...]
     complete: bool
+    quick: bool = False
 
 
 def samples(repository: Repository, tensor: StoredTensor, seed: int, *, full: bool) -> Iterator[Sample]:
@@ -85,7 +87,7 @@ def samples(repository: Repository, tensor: StoredTensor, seed: int, *, full: bo
     parts = [_read(repository, tensor, run.start * length, run.stop * length).view(-1, length) for run in chosen]
     complete = sum(map(len, chosen)) == n_rows
     firsts = tuple(run.start for run in chosen)
-    yield Sample(tensor.id, tensor.file, info.shape, torch.cat(parts), firsts, complete=complete)
+    yield Sample(tensor.id, tensor.file, info.shape, torch.cat(parts), firsts, complete=complete, quick=True)
 
 
 def sampled_runs(tensor: StoredTensor, seed: int, *, remote: bool) -> list[range]:
@@ -148,7 +150,7 @@ def _transposed(repository: Repository, tensor: StoredTensor, seed: int, *, full
     chosen = runs(n_rows, length, _seed(seed, tensor.id), remote=False)
     rows = torch.cat([whole[run.start : run.stop] for run in chosen]).contiguous()
     firsts = tuple(run.start for run in chosen)
-    yield Sample(tensor.id, tensor.file, shape, rows, firsts, complete=len(rows) == n_rows)
+    yield Sample(tensor.id, tensor.file, shape, rows, firsts, complete=len(rows) == n_rows, quick=True)
 
 
 def _aligned(length: int) -> int:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_qguard.checkpoint.repository import Repository
+from optimum_qguard.scan.detector import Detector
 from optimum_qguard.scan.detectors import get_detector
 from optimum_qguard.scan.errors import describe
-from optimum_qguard.scan.sample import samples
+from optimum_qguard.scan.sample import Sample, samples
 from optimum_qguard.scan.subject import StoredTensor, Subject
 
 _TASK_TENSORS = 32
+_BATCH_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,60 @@ def work(task: Task, repository: Repository) -> Result:
     result = Result()
     active = [get_detector(name) for name in task.detectors]
     before = repository.bytes_read
-    for tensor in task.tensors:
-        for sample in samples(repository, tensor, task.seed, full=task.full):
-            for detector in list(active):
-                start = time.perf_counter()
-                try:
-                    found = detector.examine(sample)
-                except Exception as error:
-                    result.failures[detector.name] = f"{tensor.id}: {describe(error)}"
-                    active.remove(detector)
-                    continue
-                finally:
-                    result.seconds[detector.name] += time.perf_counter() - start
-                if found is not None:
-                    result.evidence[detector.name][tensor.id].append(found)
-            result.weights[tensor.id] += sample.rows.numel()
+    for together in _batches(task, repository):
+        _add_evidence(result, together, active)
+        together.clear()  # before the next ones are read
     result.bytes_read = repository.bytes_read - before
     return result
+
+
+def _add_evidence(result: Result, together: Sequence[Sample], active: list[Detector]) -> None:
+    """Let every detector look; those that fail are removed from ``active``."""
+    for detector in list(active):
+        start = time.perf_counter()
+        try:
+            found = _examined(detector, together)
+        except _ExamineError as error:
+            result.failures[detector.name] = str(error)
+            active.remove(detector)
+            continue
+        finally:
+            result.seconds[detector.name] += time.perf_counter() - start
+        for sample, evidence in zip(together, found, strict=True):
+            if evidence is not None:
+                result.evidence[detector.name][sample.tensor].append(evidence)
+    for sample in together:
+        result.weights[sample.tensor] += sample.rows.numel()
+
+
+def _batches(task: Task, repository: Repository) -> Iterator[list[Sample]]:
+    """All samples of a task, some at a time."""
+    together: list[Sample] = []
+    weights = 0
+    for tensor in task.tensors:
+        for sample in samples(repository, tensor, task.seed, full=task.full):
+            together.append(sample)
+            weights += sample.rows.numel()
+            if weights >= _BATCH_WEIGHTS:
+                yield together
+                together, weights = [], 0
+    if together:
+        yield together
+
+
+class _ExamineError(Exception):
+    """Of a detector, at a tensor that the message names."""
+
+
+def _examined(detector: Detector, together: Sequence[Sample]) -> Sequence[Any]:
+    try:
+        return detector.examine_many(together)
+    except Exception:  # one after the other, to see which it is
+        return [_examined_alone(detector, sample) for sample in together]
+
+
+def _examined_alone(detector: Detector, sample: Sample) -> Any:
+    try:
+        return detector.examine(sample)
+    except Exception as error:
+        raise _ExamineError(f"{sample.tensor}: {describe(error)}") from error

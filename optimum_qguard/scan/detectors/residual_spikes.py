@@ -101,7 +101,10 @@ class ResidualSpikes(Detector):
 
     def examine(self, sample: Sample) -> Histograms | None:
         """Histograms of the weights' positions in the cells of every format."""
-        return histograms(sample)
+        return histograms([sample])[0]
+
+    def examine_many(self, samples: Sequence[Sample]) -> list[Histograms | None]:
+        return histograms(samples)
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
         merged = {tensor: _merged(pieces) for tensor, pieces in evidence.items()}
