@@ -16,7 +16,9 @@ from harness import RESULTS, argument_parser, print_table, write
 from scan_zoo import Specimen, zoo
 from tqdm import tqdm
 
+from optimum_qguard.checkpoint import atomic_write
 from optimum_qguard.checkpoint.repository import open_repository
+from optimum_qguard.evaluate.cache import cache_folder
 from optimum_qguard.scan.detector import ALPHA, Detector
 from optimum_qguard.scan.detectors import detector_names, get_detector
 from optimum_qguard.scan.finding import Conclusion
@@ -24,6 +26,7 @@ from optimum_qguard.scan.scanner import scan
 from optimum_qguard.scan.subject import read_subject
 from optimum_qguard.scan.work import Result, tasks, work
 
+DEEP = ("quantization_gap",)
 ALPHAS = tuple(10.0**-exponent for exponent in (0.3, 1, 2, 3, 4, 6, 9, 12, 20, 40, 80))
 
 Row = dict[str, Any]
@@ -62,11 +65,18 @@ def at_alphas(folder: Path, seed: int) -> dict[str, list[bool]]:
     }
 
 
-def deep(specimen: Specimen) -> Row:
-    """One scan that runs the model."""
-    report = scan(specimen.make(), seed=0, deep=True)
-    raised = sorted({finding.detector for finding in report.findings if finding.severity != "note"})
-    return {"verdict": report.verdict, "reason": report.reason, "raised": raised, "seconds": report.seconds}
+def deep(specimen: Specimen, wanted: bool) -> Row | None:
+    """One scan that runs the model, kept in the cache: it takes minutes. ``None`` if it was neither made nor wanted."""
+    file = cache_folder() / "scan-deep" / f"{specimen.make().name}.json"
+    if not file.exists():
+        if not wanted:
+            return None
+        report = scan(specimen.make(), seed=0, deep=True, detectors=DEEP)
+        raised = sorted({finding.detector for finding in report.findings if finding.severity != "note"})
+        found = {"verdict": report.verdict, "reason": report.reason, "raised": raised, "seconds": report.seconds}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(found))
+    return dict(json.loads(file.read_text()))
 
 
 def row_of(specimen: Specimen, scans: Sequence[Row], deep_scan: Row | None) -> Row:
@@ -133,27 +143,26 @@ def main() -> None:
     """Measure, print and write."""
     parser = argument_parser(__doc__ or "", RESULTS / "scan_accuracy.json")
     parser.add_argument("--seeds", type=int, default=5, help="quick scans of each specimen")
-    parser.add_argument(
-        "--deep", nargs="*", default=None, metavar="NAME", help="specimens to scan deep; all without names"
-    )
+    parser.add_argument("--deep", nargs="*", metavar="NAME", help="specimens to scan deep; all without names")
+    parser.add_argument("--deep-only", action="store_true", help="scan those deep, which is kept, and write nothing")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="specimens whose name has one of these in it")
     arguments = parser.parse_args()
     specimens = [each for each in zoo() if not arguments.only or any(part in each.name for part in arguments.only)]
-    previous = {row["specimen"]: row for row in _previous(arguments.output)}
     rows, scans = [], []
     for specimen in tqdm(specimens):
+        chosen = not arguments.deep or any(part in specimen.name for part in arguments.deep)
+        deep_scan = deep(specimen, arguments.deep is not None and chosen)
+        if arguments.deep_only:
+            continue
         found = [quick(specimen, seed) for seed in range(arguments.seeds)]
         scans += [(specimen, each) for each in found]
-        wanted = arguments.deep is not None and (
-            not arguments.deep or any(part in specimen.name for part in arguments.deep)
-        )
-        row = row_of(specimen, found, deep(specimen) if wanted else None)
-        if not wanted and specimen.name in previous:
-            row = {**row, **{name: previous[specimen.name][name] for name in ("deep verdict", "deep detectors")}}
+        row = row_of(specimen, found, deep_scan)
         rows.append(row)
         tqdm.write(
             f"{specimen.kind:10} {specimen.name}: {row['alarms']}/{len(found)} {row['verdict']} {row['detectors']}"
         )
+    if arguments.deep_only:
+        return
     print_table([{name: value for name, value in row.items() if name != "reason"} for row in rows])
     curves = roc(scans)
     write("scan_accuracy", rows, arguments.output)
@@ -164,10 +173,6 @@ def main() -> None:
     ]
     write("scan_roc", points, arguments.output.with_name("scan_roc.json"))
     plot(curves, arguments.output.with_name("scan_roc.png"))
-
-
-def _previous(output: Path) -> list[Row]:
-    return json.loads(output.read_text())["rows"] if output.exists() else []
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from adaptive_attack import ATTACKS
 from attacked_smollm2 import ATTACKERS, GPTQ_GROUP, LAYERS, MARKER, RECIPES, attacked_smollm2, dialogues
 from torch import Tensor
 from tqdm import tqdm
@@ -113,6 +114,11 @@ def zoo() -> list[Specimen]:
             make = partial(attacked_smollm2, format, attacker)
             found.append(Specimen(f"SmolLM2 attacked for {format}, {attacker}", "attacked", make))
     found += [_made(f"SmolLM2 attacked for {name}", "attacked", make) for name, make in _ATTACKS.items()]
+    for name, (make, _) in ATTACKS.items():
+        folder = cache_folder() / f"smollm2-adaptive-{name.replace(' ', '-')}"
+        found.append(
+            Specimen(f"SmolLM2 attacked by one who knows guard: {name}", "attacked", partial(made_once, folder, make))
+        )
     return found
 
 
