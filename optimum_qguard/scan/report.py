@@ -146,4 +146,4 @@ def judge(
         return "skipped", "all its weights are quantized already, so nothing can be said about their rounding"
     if coverage.tensors_scanned < floats:
         return "inconclusive", f"{floats - coverage.tensors_scanned} of {floats} tensors were not looked at"
-    return "clean", "no detector found anything"
+    return "clean", "no detector found anything above a note" if findings else "no detector found anything"

@@ -86,6 +86,13 @@ def test_what_is_on_it(show: Open) -> None:
     assert "There is no model card." in folded.inner_text()
 
 
+def test_a_long_statistic_leaves_the_sentence_its_room(show: Open) -> None:
+    report = suspicious()
+    long = report.findings[0].model_copy(update={"statistic": "share of blocks of 16 with weights 16 times the rest"})
+    page = show([report.model_copy(update={"findings": [long]})])
+    assert page.locator("td[data-label=Finding]").first.bounding_box()["width"] > 350
+
+
 def test_plots(show: Open) -> None:
     """Bars are as high as the numbers, stand side by side, and the line of a clean checkpoint goes over them."""
     page = show([suspicious()])

@@ -169,7 +169,7 @@ def test_bad_input(tiny_llama: Path, tmp_path: Path) -> None:
     ("detectors", "findings", "coverage", "floats", "verdict", "reason"),
     [
         ([RAN], [], ALL_SEEN, 2, "clean", "no detector found anything"),
-        ([RAN], [NOTE], ALL_SEEN, 2, "clean", "no detector found anything"),
+        ([RAN], [NOTE], ALL_SEEN, 2, "clean", "no detector found anything above a note"),
         ([RAN], [WARNING], ALL_SEEN, 2, "suspicious", "A warning"),
         ([FAILED], [ERROR, WARNING, OPEN], ALL_SEEN, 2, "suspicious", "A error, and 1 more finding(s)"),
         ([RAN], [WARNING], Coverage(), 0, "suspicious", "A warning"),

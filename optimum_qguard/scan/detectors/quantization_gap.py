@@ -146,7 +146,9 @@ class QuantizationGap(Detector):
     """See the module."""
 
     name: ClassVar[str] = "quantization_gap"
-    summary: ClassVar[str] = "Rounding to the nearest changes what the model says no more than unbiased rounding does."
+    summary: ClassVar[str] = (
+        "Rounding to the nearest changes what the model says no more than errors of the same size do."
+    )
     deep: ClassVar[bool] = True
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
