@@ -282,8 +282,10 @@ def _look(rows_of: Sequence[Tensor], draw: int) -> list[Histograms]:
             at = which, [chosen.index(index) for index in indices]
             for total, of_chunk in zip((counts, below, chi_square, freedom), _summed(found), strict=True):
                 total[at] += of_chunk
-    each = zip(counts, below, chi_square, freedom, _repeated(rows, members), strict=True)
-    return [Histograms(chosen, *arrays, *repeated) for *arrays, repeated in each]
+    return [
+        Histograms(chosen, counts[member], below[member], chi_square[member], freedom[member], *repeated)
+        for member, repeated in enumerate(_repeated(rows, members))
+    ]
 
 
 def _scratch() -> Scratch:
