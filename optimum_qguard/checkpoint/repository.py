@@ -6,6 +6,7 @@ Nothing is downloaded but the bytes that are asked for, and nothing is believed 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
 from optimum_qguard.checkpoint.json_object import parse_object
 
 _MOST_FILES = 100_000
+_MOST_AT_ONCE = 1 << 30
 LARGEST_JSON = 16 << 20  # the index of 100,000 tensors has less
 
 
@@ -76,6 +78,22 @@ class Repository(ABC):
         self.count(len(content))
         return content
 
+    def read_buffer(self, file: str, start: int, length: int) -> bytearray:
+        """Exactly ``length`` bytes of a file from ``start`` on, to be written to.
+
+        Raises:
+            CheckpointError: as `read`; also if the file ends before.
+        """
+        if self._closed:
+            raise CheckpointError(f"{self.name}: closed")
+        if file not in self.files:
+            raise CheckpointError(f"{self.name}: has no file {file}")
+        if start + length > self.files[file].size:
+            raise CheckpointError(f"{self.name}/{file}: ends before byte {start + length}")
+        content = self._read_buffer(file, start, length)
+        self.count(length)
+        return content
+
     def count(self, n_bytes: int) -> None:
         """Add what another process has read of the same repository to `bytes_read`."""
         with self._lock:
@@ -84,6 +102,9 @@ class Repository(ABC):
     @abstractmethod
     def _read(self, file: str, start: int, length: int) -> bytes:
         """Exactly those bytes, which lie within the file."""
+
+    def _read_buffer(self, file: str, start: int, length: int) -> bytearray:
+        return bytearray(self._read(file, start, length))
 
     @property
     def local_folder(self) -> Path | None:
@@ -121,17 +142,35 @@ class FolderRepository(Repository):
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         super().__init__(str(path), None, files)
+        self._last: tuple[str, io.FileIO] | None = None
 
     def _read(self, file: str, start: int, length: int) -> bytes:
+        return bytes(self._read_buffer(file, start, length))
+
+    def _read_buffer(self, file: str, start: int, length: int) -> bytearray:
+        content = bytearray(length)
+        rest = memoryview(content)
         try:
-            with (self._folder / file).open("rb") as stream:
-                stream.seek(start)
-                content = stream.read(length)
+            stream = self._opened(file)
+            while rest:
+                count = os.preadv(stream.fileno(), [rest[:_MOST_AT_ONCE]], start + length - len(rest))
+                if count == 0:
+                    raise CheckpointError(f"{self._folder / file}: became shorter while it was read")
+                rest = rest[count:]
         except OSError as error:
             raise CheckpointError(f"{self._folder / file}: cannot be read: {error.strerror or error}") from error
-        if len(content) != length:
-            raise CheckpointError(f"{self._folder / file}: became shorter while it was read")
         return content
+
+    def _opened(self, file: str) -> io.FileIO:
+        """The file, kept open until another one is read: a thread that still reads this one keeps it open too."""
+        last = self._last
+        if last is None or last[0] != file:
+            last = self._last = file, io.FileIO(self._folder / file)
+        return last[1]
+
+    def close(self) -> None:
+        super().close()
+        self._last = None
 
     @property
     def local_folder(self) -> Path:

@@ -55,6 +55,17 @@ def most_in_block(length: int) -> int:
     return max(1, min(_MOST_IN_BLOCK, length // 8))
 
 
+def has_gap(blocks: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """``(n_blocks,)`` bool: whether `find_isolated` would look at a block more closely."""
+    if len(blocks) == 0:
+        return torch.zeros(0, dtype=torch.bool, device=blocks.device)
+    return _above_gap(blocks.float().abs().topk(most_in_block(blocks.shape[1]) + 1, dim=1).values, threshold).any(1)
+
+
+def _above_gap(top: Tensor, threshold: float) -> Tensor:
+    return (top[:, :-1] > threshold * top[:, 1:]) & (top[:, 1:] > 0)
+
+
 def find_isolated(
     blocks: Tensor, starts: Tensor, typical: Callable[[], Tensor], threshold: float = THRESHOLD
 ) -> Isolated | None:
@@ -69,7 +80,7 @@ def find_isolated(
     length, most = blocks.shape[1], most_in_block(blocks.shape[1])
     magnitude = blocks.float().abs()
     top, position = magnitude.topk(most + 1, dim=1)
-    above_gap = (top[:, :-1] > threshold * top[:, 1:]) & (top[:, 1:] > 0)
+    above_gap = _above_gap(top, threshold)
     chosen = above_gap.any(1).nonzero().flatten()
     if len(chosen) == 0:
         return None

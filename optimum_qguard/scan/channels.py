@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,17 +35,19 @@ class Channels:
     rows: NDArray[np.float16]
 
 
-def measure(sample: Sample) -> Channels:
-    """The sizes of a piece of a tensor. A vector is one row; its columns are its entries."""
-    rows = sample.rows
-    few = rows[:: max(1, len(rows) // _ROWS)]
-    columns = _octaves(few, 0)
-    of_rows = _octaves(rows[:, :: max(1, rows.shape[1] // _COLUMNS)], 1)
-    return Channels(sample.shape, columns, len(few), sample.first_rows, of_rows)
+def measure(samples: Sequence[Sample]) -> list[Channels]:
+    """The sizes of pieces of tensors, whose rows have one shape. A vector is one row; its columns are its entries."""
+    n_rows, length = samples[0].rows.shape
+    few = torch.stack([sample.rows[:: max(1, n_rows // _ROWS)] for sample in samples])
+    some = torch.stack([sample.rows[:, :: max(1, length // _COLUMNS)] for sample in samples])
+    each = zip(samples, _octaves(few, 1), _octaves(some, 2), strict=True)
+    return [Channels(of.shape, columns, few.shape[1], of.first_rows, rows) for of, columns, rows in each]
 
 
 def merge_columns(pieces: Sequence[Channels]) -> Octaves:
     """``(in_features,)``: of all pieces of one tensor together."""
+    if len(pieces) == 1:
+        return pieces[0].columns.astype(np.float32)
     counted = np.array([piece.counted for piece in pieces], np.float32)
     columns = np.stack([piece.columns for piece in pieces]).astype(np.float32)
     weights = np.where(np.isnan(columns), 0, counted[:, None])

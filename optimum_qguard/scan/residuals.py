@@ -59,7 +59,7 @@ _COARSE_REACH = 8.0  # steps
 _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
 _OFF_GRID = 0.1  # steps, on average; 0.25 by chance
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 _SHORTEST = 32  # block
 _SEARCHED = 256  # block of the K-quants
 _K_QUANT_WEIGHTS = 1 << 13
@@ -177,7 +177,7 @@ def histograms(samples: Sequence[Sample]) -> list[Histograms | None]:
     alike: dict[object, list[tuple[int, Tensor]]] = {}
     for number, sample in enumerate(samples):
         columns = sample.shape[-1] if len(sample.shape) > 1 else 0
-        if columns and math.prod(sample.shape) >= LEAST_WEIGHTS and _fitting(columns):
+        if columns and math.prod(sample.shape) >= LEAST_WEIGHTS and _plan(columns) is not None:
             rows = _few(sample)
             alike.setdefault((rows.dtype, rows.shape, _is_rounded(rows)), []).append((number, rows))
     for members in alike.values():
@@ -192,9 +192,58 @@ def histograms(samples: Sequence[Sample]) -> list[Histograms | None]:
     return found
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How matrices of one width are looked at: indices into `CELLS`.
+
+    Attributes:
+        even: those with evenly spaced grids; ``symmetric`` of them, which come first, have a symbol at zero.
+        books: those with a code book.
+        searched: those whose scale is searched.
+        blocks: lengths of the blocks of ``even``, each once.
+        block, width: for each of ``even`` the index in ``blocks``, and what sets its scale (as `_even_grids` has it).
+        steps, shifted, reach: ``(n_even, 1)`` float32: see `Cells`, and how many steps from zero coarse weights are
+            looked at.
+    """
+
+    even: tuple[int, ...]
+    symmetric: int
+    books: tuple[int, ...]
+    searched: tuple[int, ...]
+    blocks: tuple[int, ...]
+    block: Tensor
+    width: Tensor
+    steps: Tensor
+    shifted: Tensor
+    reach: Tensor
+
+    @property
+    def looked(self) -> tuple[int, ...]:
+        """In the order of `_positions`."""
+        return self.even + self.books
+
+
 @cache
-def _fitting(columns: int) -> tuple[int, ...]:
-    return tuple(index for index, cells in enumerate(CELLS) if cells.fits(columns))
+def _plan(columns: int) -> _Plan | None:
+    """``None`` if no format fits."""
+    fitting = [index for index, cells in enumerate(CELLS) if cells.fits(columns)]
+    if not fitting:
+        return None
+    even = sorted((index for index in fitting if CELLS[index].steps), key=lambda index: CELLS[index].shifted)
+    cells_of = [CELLS[index] for index in even]
+    blocks = sorted({cells.block for cells in cells_of})
+    return _Plan(
+        tuple(even),
+        sum(not cells.shifted for cells in cells_of),
+        tuple(index for index in fitting if CELLS[index].flat),
+        tuple(index for index in fitting if CELLS[index].block == _SEARCHED),
+        tuple(blocks),
+        torch.tensor([blocks.index(cells.block) for cells in cells_of], dtype=torch.int64),
+        torch.tensor([3 if c.ranged else 4 if c.format == "int8-rowwise" else 2 for c in cells_of], dtype=torch.int64),
+        torch.tensor([[cells.steps] for cells in cells_of]).view(-1, 1),
+        torch.tensor([[float(cells.shifted)] for cells in cells_of]).view(-1, 1),
+        torch.tensor([[_COARSE_REACH + 1 if cells.steps >= FINE else torch.inf] for cells in cells_of]).view(-1, 1),
+    )
 
 
 def _few(sample: Sample) -> Tensor:
@@ -212,32 +261,31 @@ def _few(sample: Sample) -> Tensor:
 def _look(rows_of: Sequence[Tensor], draw: int) -> list[Histograms]:
     """Histograms of samples whose rows have one shape; ``draw`` decides which of them is looked at in the K-quants,
     and in which one: a search takes longer than all else."""
-    members, columns = len(rows_of), rows_of[0].shape[1]
-    chosen = _fitting(columns)
+    members, plan = len(rows_of), _plan(rows_of[0].shape[1])
+    assert plan is not None
+    chosen = tuple(sorted(plan.looked + plan.searched))
     counts = np.zeros((members, len(chosen), BINS), dtype=np.int64)
     below = np.zeros((members, len(chosen), 3), dtype=np.int64)
     chi_square, freedom = np.zeros((members, len(chosen))), np.zeros((members, len(chosen)))
     rows = rows_of[0] if members == 1 else torch.cat(list(rows_of))
-    searched = [index for index in chosen if CELLS[index].block == _SEARCHED]
     scratch = _scratch()
     for number, chunk in enumerate(_chunks(rows) if members == 1 else [rows]):
         spread, coarse = _dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread, members)
-        parts = [
-            (indices, slice(None), _found(places, members))
-            for indices, places in _positions(chunk, spread, chosen, scratch, coarse=coarse)
-        ]
-        if number < len(searched):
-            turn, one = searched[(draw + number) % len(searched)], draw // len(searched) % members
+        looked = [(plan.looked, slice(None), _found(_positions(chunk, spread, plan, scratch, coarse=coarse), members))]
+        if number < len(plan.searched):
+            turn, one = plan.searched[(draw + number) % len(plan.searched)], draw // len(plan.searched) % members
             stored, moved = (part.reshape(members, -1)[one] for part in (chunk, spread))
             if len(stored) >= _SEARCHED:
-                parts.append(([turn], slice(one, one + 1), _found(_in_k_quant(stored, moved, turn), 1)))
-        for indices, which, of_part in parts:
+                looked.append(((turn,), slice(one, one + 1), _found(_in_k_quant(stored, moved, turn), 1)))
+        for indices, which, found in looked:
             at = which, [chosen.index(index) for index in indices]
-            for total, of_chunk in zip((counts, below, chi_square, freedom), _summed(of_part), strict=True):
+            for total, of_chunk in zip((counts, below, chi_square, freedom), _summed(found), strict=True):
                 total[at] += of_chunk
-    each = zip(counts, below, chi_square, freedom, (_repeated(rows) for rows in rows_of), strict=True)
-    return [Histograms(chosen, *arrays, *repeated) for *arrays, repeated in each]
+    return [
+        Histograms(chosen, counts[member], below[member], chi_square[member], freedom[member], *repeated)
+        for member, repeated in enumerate(_repeated(rows, members))
+    ]
 
 
 def _scratch() -> Scratch:
@@ -248,21 +296,23 @@ def _scratch() -> Scratch:
     return scratch
 
 
-def _repeated(rows: Tensor) -> tuple[int, int, NDArray[np.int64]]:
-    """`Histograms.repeated`, `Histograms.compared` and `Histograms.dequantized`."""
-    flat = rows.reshape(-1)[: _COMPARED * 256]
-    runs = flat[: flat.numel() // 256 * 256].view(-1, 256)
-    ordered = runs.sort(1).values
-    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).sum())
-    compared, on_grid = int(torch.count_nonzero(runs)), np.zeros(len(SYMMETRIC_GROUPS), dtype=np.int64)
-    if repeated > compared / 4:
-        for index, group in enumerate(SYMMETRIC_GROUPS):
-            blocks = runs.reshape(-1, group).float()
-            # Symbols are -8 to 7, and a block's greatest weight became one of the two.
-            units = [blocks * (end / blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)) for end in (7, 8)]
-            off = torch.stack([(of - of.round()).abs().mean(1) for of in units]).amin(0)
-            on_grid[index] = group * int((off < _OFF_GRID).sum())
-    return repeated, compared, on_grid
+def _repeated(rows: Tensor, members: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+    """`Histograms.repeated`, `Histograms.compared` and `Histograms.dequantized` of each member."""
+    flat = rows.reshape(members, -1)[:, : _COMPARED * 256]
+    runs = flat[:, : flat.shape[1] // 256 * 256].reshape(members, -1, 256).float()
+    ordered = np.sort(runs.numpy(), axis=2)
+    repeated = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != 0)).sum((1, 2))
+    compared = (ordered != 0).sum((1, 2))
+    for member in range(members):
+        on_grid = np.zeros(len(SYMMETRIC_GROUPS), dtype=np.int64)
+        if repeated[member] > compared[member] / 4:
+            for index, group in enumerate(SYMMETRIC_GROUPS):
+                blocks = runs[member].view(-1, group)
+                # Symbols are -8 to 7, and a block's greatest weight became one of the two.
+                units = [blocks * (end / blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)) for end in (7, 8)]
+                off = torch.stack([(of - of.round()).abs().mean(1) for of in units]).amin(0)
+                on_grid[index] = group * int((off < _OFF_GRID).sum())
+        yield int(repeated[member]), int(compared[member]), on_grid
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:
@@ -334,85 +384,78 @@ def _leave_out_repeated(rows: Tensor, spread: Tensor, members: int) -> None:
         spread[other[(rows[one] == rows[other]).all(1)]] = 0
 
 
-def _positions(
-    rows: Tensor, spread: Tensor, chosen: Sequence[int], scratch: Scratch, *, coarse: bool
-) -> Iterator[tuple[list[int], Tensor]]:
-    """For formats that share their blocks the weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255
-    (0 to 127 to the symbol's right, 255 down to 128 to its left)."""
-    flat = spread.numel()
-    columns = rows.shape[1]
-    even = [index for index in chosen if CELLS[index].steps]
-    # The longest run of weights that none of the formats cuts.
-    run = _SHORTEST if columns % _SHORTEST == 0 else columns
-    if even:
-        low, high = rows.view(-1, run).amin(1).float(), rows.view(-1, run).amax(1).float()
-        grids = [
-            _even_grids(low, high, [i for i in even if CELLS[i].block == block], columns, run, coarse=coarse)
-            for block in dict.fromkeys(CELLS[index].block for index in even)
-        ]
-        inverse, offset, least, greatest = (torch.cat(parts) for parts in zip(*grids, strict=True))
-        order = [i for block in dict.fromkeys(CELLS[i].block for i in even) for i in even if CELLS[i].block == block]
-        yield order, _placed(spread.view(-1, run), inverse, offset, least, greatest, scratch)
-    width = 64
-    blocks = spread.reshape(-1)[: flat - flat % width].view(-1, width)
-    for index in chosen:
-        if CELLS[index].flat and len(blocks):
-            absmax = rows.reshape(-1)[: flat - flat % width].view(-1, width).abs().amax(1, keepdim=True).float()
-            yield [index], _in_code_book(blocks, absmax, CELLS[index].format, scratch)
+def _positions(rows: Tensor, spread: Tensor, plan: _Plan, scratch: Scratch, *, coarse: bool) -> Tensor:
+    """The weights' places in their cells, ``(n_formats, n)`` int32 from 0 to 255 (0 to 127 to the symbol's right, 255
+    down to 128 to its left)."""
+    columns, n = rows.shape[1], spread.numel()
+    flat = spread.reshape(-1)
+    places = scratch.like(flat.expand(len(plan.looked), n), "places")
+    if plan.even:
+        # The longest run of weights that none of the formats cuts.
+        run = _SHORTEST if columns % _SHORTEST == 0 else columns
+        units = places[: len(plan.even)].view(len(plan.even), -1, run)
+        _place(spread.view(-1, run), *_even_grids(rows, run, plan, coarse=coarse), units, plan.symmetric, scratch)
+    if plan.books:
+        _place_in_code_books(rows.reshape(-1), flat, plan, places.view(torch.int32)[len(plan.even) :], scratch)
+    return places.view(torch.int32)
 
 
-def _even_grids(
-    low: Tensor, high: Tensor, indices: list[int], columns: int, run: int, *, coarse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of formats with blocks of the same size: steps to a unit, offset, and least and greatest weight, each
-    ``(n_formats, n_runs, 1)``; ``low`` and ``high`` ``(n_runs,)`` are the extremes of each ``run`` of weights."""
-    in_block = (CELLS[indices[0]].block or columns) // run
-    low, high = low.view(-1, in_block).amin(1), high.view(-1, in_block).amax(1)
-    absmax = torch.maximum(-low, high)
-    widths = {"range": high - low, "absmax": absmax, "half": absmax.half().float()}  # as bitsandbytes stores it
-    inverse, offset, reach = [], [], []
-    for index in indices:
-        cells = CELLS[index]
-        width = widths["range" if cells.ranged else "half" if cells.format == "int8-rowwise" else "absmax"]
-        inverse.append(cells.steps / width)
-        offset.append(low if cells.shifted else torch.zeros_like(low))
-        reach.append(_COARSE_REACH + 1 if coarse and cells.steps >= FINE else torch.inf)
-    steps = torch.stack(inverse)
-    # In the weights' units: no limit becomes the block's extreme value.
-    limit = (torch.tensor(reach)[:, None] / steps).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    parts = steps, torch.stack(offset), torch.maximum(low, -limit), torch.minimum(high, limit)
-    first, second, third, fourth = (part.repeat_interleave(in_block, dim=1).unsqueeze(2) for part in parts)
-    return first, second, third, fourth
+def _even_grids(rows: Tensor, run: int, plan: _Plan, *, coarse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps to a unit, offset, and least and greatest weight, each ``(n_formats, n_runs, 1)``."""
+    low, high = rows.view(-1, run).amin(1).float(), rows.view(-1, run).amax(1).float()
+    by_block = []
+    for block in plan.blocks:
+        in_block = (block or rows.shape[1]) // run
+        least, greatest = low.view(-1, in_block).amin(1), high.view(-1, in_block).amax(1)
+        absmax = torch.maximum(-least, greatest)
+        half = absmax.half().float()  # as bitsandbytes stores it
+        of_block = torch.stack([least, greatest, absmax, greatest - least, half])
+        by_block.append(of_block.unsqueeze(2).expand(-1, -1, in_block).reshape(len(of_block), -1))
+    known = torch.stack(by_block)
+    least, greatest = known[plan.block, 0], known[plan.block, 1]
+    inverse = plan.steps / known[plan.block, plan.width]
+    offset = least * plan.shifted
+    if coarse:
+        # In the weights' units: no limit becomes the block's extreme value.
+        limit = (plan.reach / inverse).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        least, greatest = torch.maximum(least, -limit), torch.minimum(greatest, limit)
+    return inverse.unsqueeze(2), offset.unsqueeze(2), least.unsqueeze(2), greatest.unsqueeze(2)
 
 
-def _spread_enough(blocks: Tensor, inverse: Tensor, scratch: Scratch) -> Tensor:
-    """``inverse`` steps ``(n_formats, n_blocks, 1)``, 0 where a block's weights are mostly within a step of zero."""
+def _spread_enough(blocks: Tensor, inverse: Tensor, units: Tensor, scratch: Scratch) -> Tensor:
+    """``inverse`` steps ``(n_formats, n_blocks, 1)``, 0 where a block's weights are mostly within a step of zero;
+    overwrites ``units``."""
     magnitude = torch.abs(blocks, out=scratch.like(blocks, "magnitude"))
-    units = scratch.like(blocks.expand(len(inverse), *blocks.shape), "units")
     saturated = torch.mul(magnitude, inverse, out=units).clamp_(max=1).mean(-1, keepdim=True)
     return torch.where((saturated > _LEAST_SPREAD) & inverse.isfinite(), inverse, 0)
 
 
-def _placed(blocks: Tensor, inverse: Tensor, offset: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> Tensor:
-    """Places on grids of given ``inverse`` steps and ``offset``, ``(n_formats, n_blocks, 1)``."""
+def _place(
+    blocks: Tensor,
+    inverse: Tensor,
+    offset: Tensor,
+    low: Tensor,
+    high: Tensor,
+    units: Tensor,
+    symmetric: int,
+    scratch: Scratch,
+) -> None:
+    """Places on grids of given ``inverse`` steps and ``offset``, ``(n_formats, n_blocks, 1)``; of the first
+    ``symmetric`` formats zero is a symbol. The bits of ``units``, float32, become the places."""
     bins = 2.0 * BINS
-    shape = (len(inverse), *blocks.shape)
-    inverse = _spread_enough(blocks, inverse, scratch)
+    inverse = _spread_enough(blocks, inverse, units, scratch)
     # A whole number of steps, so that what is clamped comes to lie on a symbol.
     least = ((low - offset) * inverse).ceil_().add_(1).mul_(bins).sub_(0.5)
     greatest = ((high - offset) * inverse).floor_().sub_(1).mul_(bins).sub_(0.5)
     inverse = inverse * bins
-    units = scratch.like(blocks.expand(shape), "units")
-    torch.addcmul(-offset * inverse - 0.5, blocks, inverse, out=units)
+    # Not addcmul: it takes three times as long.
+    torch.mul(blocks, inverse, out=units).sub_(offset * inverse + 0.5)
     # Not clamp: with bounds that are tensors it takes several times as long.
     torch.minimum(torch.maximum(units, least, out=units), greatest, out=units)
     # Zero's cell is left out, since weights may be small for reasons of their own. Half a bin was subtracted already.
-    for units_of, offset_of in zip(units, offset, strict=True):
-        if not bool(offset_of[:1].any()):
-            torch.ops.aten.hardshrink.out(units_of, BINS - 0.5, out=units_of)
+    torch.ops.aten.hardshrink.out(units[:symmetric], BINS - 0.5, out=units[:symmetric])
     # The addition rounds to a whole number, half to even: what is clamped goes to bin 0.
-    places = units.add_(_MAGIC).view(torch.int32)
-    return places.bitwise_and_(2 * BINS - 1).view(len(inverse), -1)
+    units.add_(_MAGIC).view(torch.int32).bitwise_and_(2 * BINS - 1)
 
 
 def _in_k_quant(stored: Tensor, weights: Tensor, index: int) -> Tensor:
@@ -430,15 +473,27 @@ def _in_k_quant(stored: Tensor, weights: Tensor, index: int) -> Tensor:
     low = torch.maximum(low.nan_to_num_(0), weights.amin(1, keepdim=True))
     high = torch.minimum(high.nan_to_num_(0), weights.amax(1, keepdim=True))
     offset = offset.nan_to_num(0)
-    return _placed(weights, 1 / grid.scale.abs()[None], offset[None], low, high, Scratch())
+    units = torch.empty(1, *weights.shape)
+    symmetric = int(grid.offset is None)
+    _place(weights, 1 / grid.scale.abs()[None], offset[None], low, high, units, symmetric, Scratch())
+    return units.view(torch.int32).view(1, -1)
 
 
-def _in_code_book(blocks: Tensor, absmax: Tensor, format: str, scratch: Scratch) -> Tensor:
-    """`_positions` between the symbols of a code book."""
-    inverse = _spread_enough(blocks, 1 / (_CODE_BOOK_STEP * absmax)[None], scratch)[0] * (_CODE_BOOK_STEP * 32767)
-    units = torch.mul(blocks, inverse, out=scratch.like(blocks, "units"))
-    index = units.clamp_(-32767, 32767).add_(_MAGIC).view(torch.int32).bitwise_and_(0xFFFF)
-    return _code_book(format).index_select(0, index.view(-1)).view(1, -1)
+def _place_in_code_books(stored: Tensor, flat: Tensor, plan: _Plan, places: Tensor, scratch: Scratch) -> None:
+    """`_positions` between the symbols of code books; what is left over at the end is left out."""
+    width = CELLS[plan.books[0]].block
+    whole = flat.numel() // width * width
+    places[:, whole:] = 0
+    if whole == 0:
+        return
+    blocks = flat[:whole].view(-1, width)
+    absmax = stored[:whole].view(-1, width).abs().amax(1, keepdim=True).float()
+    units = scratch.like(blocks, "units")
+    inverse = _spread_enough(blocks, 1 / (_CODE_BOOK_STEP * absmax)[None], units[None], scratch)[0]
+    torch.mul(blocks, inverse * (_CODE_BOOK_STEP * 32767), out=units)
+    index = units.clamp_(-32767, 32767).add_(_MAGIC).view(torch.int32).bitwise_and_(0xFFFF).view(-1)
+    for line, book in enumerate(plan.books):
+        torch.index_select(_code_book(CELLS[book].format), 0, index, out=places[line, :whole])
 
 
 @cache
@@ -471,7 +526,8 @@ def _found(places: Tensor, members: int) -> Tensor:
 
 
 def _summed(found: Tensor) -> list[NDArray[Any]]:
-    """`Histograms.counts`, ``below``, ``chi_square`` and ``freedom`` of what was `_found`, ``(members, n_formats, …)``."""
+    """``counts``, ``below``, ``chi_square`` and ``freedom`` (see `Histograms`) of what was `_found`, each ``(members,
+    n_formats, …)``."""
     formats, members, groups, _ = found.shape
     by_group = found[..., :BINS] + found[..., BINS:].flip(-1)
     below = found[..., BINS:].sum(2)

@@ -165,5 +165,5 @@ def _seed(seed: int, name: str) -> int:
 def _read(repository: Repository, tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """Elements ``start`` to ``stop`` of the flat tensor, in a buffer of their own."""
     size = tensor.info.dtype.itemsize
-    content = repository.read(tensor.file, tensor.info.offset + start * size, (stop - start) * size)
-    return torch.frombuffer(bytearray(content), dtype=tensor.info.dtype)
+    content = repository.read_buffer(tensor.file, tensor.info.offset + start * size, (stop - start) * size)
+    return torch.frombuffer(content, dtype=tensor.info.dtype)

@@ -100,11 +100,14 @@ def _norm_sites(modules: Mapping[str, str], evidence: Mapping[str, Sequence[Chan
         by_length: dict[int, list[str]] = defaultdict(list)
         for reader in readers:
             by_length[evidence[reader][0].shape[-1]].append(reader)
+        read = {
+            length: np.stack([_centered(merge_columns(evidence[reader])) for reader in same]).mean(0)
+            for length, same in by_length.items()
+        }
         for norm in norms.values():
             weight = merge_columns(evidence[norm])
-            if same := by_length.get(len(weight)):
-                columns = np.stack([_centered(merge_columns(evidence[reader])) for reader in same])
-                yield SiteSizes("norm", norm, same[0], weight, columns.mean(0))
+            if len(weight) in read:
+                yield SiteSizes("norm", norm, by_length[len(weight)][0], weight, read[len(weight)])
 
 
 def _pairs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 
 from optimum_qguard.scan.detector import _REGISTRY, Detector
 from optimum_qguard.scan.errors import ScanError
@@ -14,6 +15,7 @@ from optimum_qguard.scan.errors import ScanError
 __all__ = ["detector_names", "get_detector"]
 
 
+@cache
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -11,16 +11,16 @@ single "super weights" are allowed for on top.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimum_qguard.formats.outliers import find_isolated, most_in_block, typical_of_columns
+from optimum_qguard.formats.outliers import find_isolated, has_gap, most_in_block, typical_of_columns
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.finding import Conclusion, Finding
@@ -49,8 +49,9 @@ class _Counts:
     blocks: Counter[int]
     beyond: Counter[tuple[int, float]]
 
-    def __add__(self, other: _Counts) -> _Counts:
-        return _Counts(self.blocks + other.blocks, self.beyond + other.beyond)
+    def add(self, other: _Counts) -> None:
+        self.blocks.update(other.blocks)
+        self.beyond.update(other.beyond)
 
 
 @register
@@ -61,23 +62,23 @@ class OutlierBlocks(Detector):
     summary: ClassVar[str] = "No block of weights has a single one that makes all others round to zero."
 
     def examine(self, sample: Sample) -> _Counts | None:
-        rows = sample.rows
-        if len(sample.shape) < 2 or rows.shape[1] < _LEAST:
-            return None
-        counts = _Counts(Counter(), Counter())
-        typical = cache(lambda: typical_of_columns(rows[:: max(1, len(rows) // _COLUMN_ROWS)]))
-        for length, blocks, index in _candidates(rows):
-            counts.blocks[length] += len(blocks)
-            if len(index):
-                found = find_isolated(blocks[index], index * blocks.shape[1], typical)
-                if found is not None:
-                    gap = torch.minimum(*found.gaps())
-                    for least in _GAPS:
-                        counts.beyond[length, least] += int((gap >= least).sum())
-        return counts
+        return self.examine_many([sample])[0]
+
+    def examine_many(self, samples: Sequence[Sample]) -> Sequence[_Counts | None]:
+        found: dict[int, _Counts] = {}
+        alike: dict[object, list[int]] = defaultdict(list)
+        for number, sample in enumerate(samples):
+            if len(sample.shape) > 1 and sample.rows.shape[1] >= _LEAST:
+                # Blocks of several tensors together must not be cut by their ends.
+                alone = number if sample.rows.numel() % max(_LENGTHS) else None
+                alike[sample.rows.dtype, sample.rows.shape, alone].append(number)
+        for numbers in alike.values():
+            rows_of = [samples[number].rows for number in numbers]
+            found.update(zip(numbers, _look(rows_of), strict=True))
+        return [found.get(number) for number in range(len(samples))]
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
-        by_tensor = {tensor: sum(pieces, _Counts(Counter(), Counter())) for tensor, pieces in evidence.items()}
+        by_tensor = {tensor: _sum(pieces) for tensor, pieces in evidence.items()}
         tests = (len(by_tensor) + 1) * (len(_LENGTHS) + 1) * len(_GAPS)
         least = {tensor: _least_probable(counts, _SUPER_WEIGHTS) for tensor, counts in by_tensor.items()}
         found = {tensor: most for tensor, most in least.items() if most.p_value * tests <= alpha}
@@ -90,7 +91,7 @@ class OutlierBlocks(Detector):
                 f"rest, or more, in {worst.share:.1%} of the {worst.blocks_of}."
             )
             return Conclusion([worst.finding(self.name, severity, message, tensor)])
-        whole = _least_probable(sum(by_tensor.values(), _Counts(Counter(), Counter())), _SUPER_WEIGHTS_OF_MODEL)
+        whole = _least_probable(_sum(by_tensor.values()), _SUPER_WEIGHTS_OF_MODEL)
         if whole.p_value * tests <= alpha:
             message = (
                 f"Single weights dwarf all others of their block, which a quantizer would round to zero: in "
@@ -132,14 +133,43 @@ class _Excess:
         )
 
 
+def _sum(counts: Iterable[_Counts]) -> _Counts:
+    total = _Counts(Counter(), Counter())
+    for each in counts:
+        total.add(each)
+    return total
+
+
 def _least_probable(counts: _Counts, super_weights: int) -> _Excess:
     found = [_Excess(1.0, _ROW, _GAPS[0], 0, 0)]
     for length, blocks in counts.blocks.items():
         for gap in _GAPS:
             count = counts.beyond[length, gap]
+            if count <= super_weights:
+                continue
             p_value = binomial_tail(count - super_weights, blocks, gap**-_TAIL)
             found.append(_Excess(p_value, length, gap, count, blocks))
     return min(found, key=lambda excess: (excess.p_value, -excess.gap))
+
+
+def _look(rows_of: Sequence[Tensor]) -> list[_Counts]:
+    """Of samples whose rows have one shape."""
+    members, size = len(rows_of), rows_of[0].numel()
+    counts = [_Counts(Counter(), Counter()) for _ in rows_of]
+    typical = [cache(partial(typical_of_columns, rows[:: max(1, len(rows) // _COLUMN_ROWS)])) for rows in rows_of]
+    for length, blocks, index in _candidates(rows_of[0] if members == 1 else torch.cat(list(rows_of))):
+        for each in counts:
+            each.blocks[length] += len(blocks) // members
+        index = index[has_gap(blocks[index])]
+        start = index * blocks.shape[1]
+        for member in sorted({*(start // size).tolist()}):
+            of_member = start // size == member
+            found = find_isolated(blocks[index[of_member]], start[of_member], typical[member])
+            if found is not None:
+                gap = torch.minimum(*found.gaps())
+                for least in _GAPS:
+                    counts[member].beyond[length, least] += int((gap >= least).sum())
+    return counts
 
 
 def _candidates(rows: Tensor) -> list[tuple[int, Tensor, Tensor]]:

@@ -51,7 +51,17 @@ class Reparameterization(Detector):
     summary: ClassVar[str] = "What computes a channel and what reads it are as large as in a trained model."
 
     def examine(self, sample: Sample) -> Channels | None:
-        return measure(sample) if sample.rows.is_floating_point() else None
+        return self.examine_many([sample])[0]
+
+    def examine_many(self, samples: Sequence[Sample]) -> Sequence[Channels | None]:
+        found: dict[int, Channels] = {}
+        alike: dict[object, list[int]] = defaultdict(list)
+        for number, sample in enumerate(samples):
+            if sample.rows.is_floating_point():
+                alike[sample.rows.dtype, sample.rows.shape].append(number)
+        for numbers in alike.values():
+            found.update(zip(numbers, measure([samples[number] for number in numbers]), strict=True))
+        return [found.get(number) for number in range(len(samples))]
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
         kinds = _by_kind(find_sites(evidence, subject.config))
@@ -123,8 +133,8 @@ class _Unbalanced:
     most: int = 0
     shared: bool = False
 
-    def add(self, site: SiteSizes) -> None:
-        channel, octaves, total = _unbalanced(site)
+    def add(self, site: SiteSizes, unbalanced: tuple[NDArray[np.int64], Octaves, int]) -> None:
+        channel, octaves, total = unbalanced
         self.shared |= site.kind == "norm"
         self.total += total
         self.channel.append(channel)
@@ -147,14 +157,14 @@ class _Unbalanced:
 
 def _by_kind(sites: Iterable[SiteSizes]) -> dict[str, _Unbalanced]:
     # What reads a norm is not known for sure: of all that may, that counts which is out of balance most.
-    best: dict[tuple[str, str], SiteSizes] = {}
+    best: dict[tuple[str, str], tuple[SiteSizes, tuple[NDArray[np.int64], Octaves, int]]] = {}
     for site in sites:
-        key = site.kind, site.producer
-        if key not in best or len(_unbalanced(site)[0]) > len(_unbalanced(best[key])[0]):
-            best[key] = site
+        key, unbalanced = (site.kind, site.producer), _unbalanced(site)
+        if key not in best or len(unbalanced[0]) > len(best[key][1][0]):
+            best[key] = site, unbalanced
     kinds: dict[str, _Unbalanced] = defaultdict(_Unbalanced)
-    for site in best.values():
-        kinds[site.kind].add(site)
+    for site, unbalanced in best.values():
+        kinds[site.kind].add(site, unbalanced)
     return {kind: channels for kind, channels in kinds.items() if channels.total}
 
 

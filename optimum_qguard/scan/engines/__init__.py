@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 
 from optimum_qguard.scan.engine import _REGISTRY, Engine
 from optimum_qguard.scan.errors import ScanError
@@ -14,6 +15,7 @@ from optimum_qguard.scan.errors import ScanError
 __all__ = ["engine_names", "get_engine"]
 
 
+@cache
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
