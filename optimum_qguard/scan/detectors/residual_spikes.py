@@ -38,6 +38,7 @@ _ON_GRID = 0.5  # of the weights near their symbols, where it would be a tenth
 _NEAR_GRID = 0.25
 _HEAPED = 1.5
 _DEQUANTIZED = 0.8
+_LEAST_BELOW = 40  # half of them are near by chance once in 10^9 tensors
 _REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
 _NARROW = 3.2
 _LEVEL = 1.1
@@ -164,7 +165,7 @@ def _near_grids(found: Histograms) -> tuple[int, ...]:
     # In a narrow box weights lie on its border, away from the symbol.
     at_symbol = nearest / NEAREST_BINS >= (near - nearest) / (_FIRST - NEAREST_BINS)
     heaped = found.counts[:, 1:_FIRST].mean(1) > _HEAPED * found.counts[:, _FIRST : 2 * _FIRST].mean(1)
-    is_near = at_symbol & ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= 100)
+    is_near = at_symbol & ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= _LEAST_BELOW)
     return tuple(found.cells[i] for i in np.argsort(-share, kind="stable") if is_near[i])
 
 
