@@ -44,6 +44,8 @@ def test_weights_lie_in_their_cells(name: str, data: st.DataObject) -> None:
     lower, upper = quantized.bounds()
     scale, offset = whole(quantized, quantized.grid.scale), whole(quantized, quantized.grid.offset)
     rounding = slack(weight.half() if name == "int8-rowwise" else weight, offset) + 1e-7 * (upper - lower) + 1e-7
+    if name == "gguf-iq4_nl":  # whose symbols are chosen by the scale before it is stored in float16
+        rounding = rounding + 2**-11 * torch.maximum(lower.abs(), upper.abs())
     # The quantizer clamps what lies beyond its end symbols; a scale of 0 (GGUF) leaves no cells.
     bottom, top = quantized.codes == 0, quantized.codes == len(quantized.grid.alphabet) - 1
     bottom, top = torch.where(scale < 0, top, bottom), torch.where(scale < 0, bottom, top)

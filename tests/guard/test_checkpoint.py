@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from optimum_qguard.checkpoint import open_checkpoint
-from optimum_qguard.formats import get_format
+from optimum_qguard.formats import Quantized, get_format
 from optimum_qguard.formats.gguf_mixture import FILE_TYPES
 from optimum_qguard.guard.calibration import calibrate
 from optimum_qguard.guard.checkpoint import guard_checkpoint
@@ -62,14 +62,17 @@ def test_k_quants_get_noise_of_their_half_widths_and_others_their_grid(
     report = guard_checkpoint(tiny_llama, tmp_path / "out", f"gguf-{file}")
     by_name = {tensor.name: tensor for tensor in report.tensors}
     target = find_targets(open_checkpoint(tiny_llama), f"gguf-{file}")[DOWN]
-    width = target.format.quantize(tensors(tiny_llama)[DOWN]).half_widths()
+    blocks = target.format.blocks(tensors(tiny_llama)[DOWN])
+    grid = target.format.grid(blocks)
+    shape = tensors(tiny_llama)[DOWN].shape
+    width = Quantized(target.format, grid, target.format.encode(blocks, grid), shape).half_widths()
     assert by_name[DOWN].method == "uniform"
     assert by_name[DOWN].amplitude is None
     before, after = tensors(tiny_llama)[DOWN].float(), tensors(tmp_path / "out")[DOWN].float()
     assert float(((after - before) / width).std()) == pytest.approx(3**-0.5, rel=0.05)
     stored = 2**-8 * after.abs()  # bfloat16's rounding
     assert bool(((after - before).abs() <= 1.001 * width + stored).all())
-    assert by_name[GATE].method == "stochastic"
+    assert by_name[GATE].method == ("uniform" if file == "iq4_nl" else "stochastic")
 
 
 def test_rows_are_independent_so_llama_cpp_may_permute_them(tiny_llama: Path) -> None:

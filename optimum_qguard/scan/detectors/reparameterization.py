@@ -30,8 +30,7 @@ from optimum_qguard.scan.sites import SiteSizes, find_sites
 from optimum_qguard.scan.subject import Subject
 from optimum_qguard.scan.tails import binomial_tail
 
-_OCTAVES = (3.0, 4.0, 6.0, 9.0)
-_FEW = 8
+_FEW = {3.0: 8, 4.0: 8, 6.0: 4, 9.0: 1}  # by octaves, how many channels any model may have
 _NAMES = {
     "norm": "norms against the linears that read them",
     "value": "attention values against the output projection",
@@ -65,10 +64,10 @@ class Reparameterization(Detector):
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
         kinds = _by_kind(find_sites(evidence, subject.config))
-        tests = len(_NAMES) * len(_OCTAVES)
+        tests = len(_NAMES) * len(_FEW)
         found = {}
         for kind, channels in kinds.items():
-            p_value, least = min((channels.p_value(least), -least) for least in _OCTAVES)
+            p_value, least = min((channels.p_value(least), -least) for least in _FEW)
             if p_value * tests <= alpha:
                 found[kind] = p_value, -least
         if not found:
@@ -122,7 +121,7 @@ class _Unbalanced:
 
     Attributes:
         total: how many were looked at.
-        channel, octaves: which ones are unbalanced from the least of `_OCTAVES` on, and ``|d|``, site by site.
+        channel, octaves: which ones are unbalanced from the least of `_FEW` on, and ``|d|``, site by site.
         producer: of the site that has most of them.
     """
 
@@ -152,7 +151,7 @@ class _Unbalanced:
         return len(np.unique(np.concatenate(chosen))) if self.shared else sum(map(len, chosen))
 
     def p_value(self, least: float) -> float:
-        return binomial_tail(self.beyond(least) - _FEW, self.total, _share(least))
+        return binomial_tail(self.beyond(least) - _FEW[least], self.total, _share(least))
 
 
 def _by_kind(sites: Iterable[SiteSizes]) -> dict[str, _Unbalanced]:
@@ -175,7 +174,7 @@ def _unbalanced(site: SiteSizes) -> tuple[NDArray[np.int64], Octaves, int]:
         return known, np.zeros(0, np.float32), 0
     computed, read = (each[known] - np.median(each[known]) for each in (site.computed, site.read))
     octaves = np.abs(read - computed) / 2
-    chosen = (octaves >= _OCTAVES[0]) & (np.abs(read + computed) <= octaves / 2)
+    chosen = (octaves >= min(_FEW)) & (np.abs(read + computed) <= octaves / 2)
     return known[chosen], octaves[chosen], len(known)
 
 
