@@ -43,7 +43,7 @@ NEAREST_BINS = 4
 LEAST_WEIGHTS = 4096
 """That a tensor must have for anything to be said about it."""
 
-QUICK_WEIGHTS, QUICK_SHARE = 1 << 13, 1 / 400
+QUICK_WEIGHTS, QUICK_SHARE = 1 << 14, 1 / 400
 """That a quick scan looks at in each tensor: so many, or that share if it is more."""
 
 GROUP = 2048
