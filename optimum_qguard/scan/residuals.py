@@ -43,7 +43,7 @@ NEAREST_BINS = 4
 LEAST_WEIGHTS = 4096
 """That a tensor must have for anything to be said about it."""
 
-QUICK_WEIGHTS, QUICK_SHARE = 1 << 13, 1 / 400
+QUICK_WEIGHTS, QUICK_SHARE = 1 << 14, 1 / 400
 """That a quick scan looks at in each tensor: so many, or that share if it is more."""
 
 GROUP = 2048
@@ -303,16 +303,20 @@ def _repeated(rows: Tensor, members: int) -> Iterator[tuple[int, int, NDArray[np
     ordered = np.sort(runs.numpy(), axis=2)
     repeated = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != 0)).sum((1, 2))
     compared = (ordered != 0).sum((1, 2))
-    for member in range(members):
-        on_grid = np.zeros(len(SYMMETRIC_GROUPS), dtype=np.int64)
-        if repeated[member] > compared[member] / 4:
-            for index, group in enumerate(SYMMETRIC_GROUPS):
-                blocks = runs[member].view(-1, group)
-                # Symbols are -8 to 7, and a block's greatest weight became one of the two.
-                units = [blocks * (end / blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)) for end in (7, 8)]
-                off = torch.stack([(of - of.round()).abs().mean(1) for of in units]).amin(0)
-                on_grid[index] = group * int((off < _OFF_GRID).sum())
-        yield int(repeated[member]), int(compared[member]), on_grid
+    on_grid = np.zeros((members, len(SYMMETRIC_GROUPS)), dtype=np.int64)
+    often = np.flatnonzero(repeated > compared / 4)
+    for index, group in enumerate(SYMMETRIC_GROUPS if len(often) else ()):
+        blocks = runs[often].view(len(often), -1, group)
+        # Symbols are -8 to 7, and a block's greatest weight became one of the two.
+        unit = 1 / blocks.abs().amax(2, keepdim=True).clamp_(min=1e-30)
+        off = [_mean_distance(blocks * (end * unit)) for end in (7, 8)]
+        on_grid[often, index] = group * (torch.minimum(*off) < _OFF_GRID).sum(1).numpy()
+    yield from zip(repeated.tolist(), compared.tolist(), on_grid, strict=True)
+
+
+def _mean_distance(units: Tensor) -> Tensor:
+    """Of the numbers in each block to the nearest whole ones; overwrites ``units``."""
+    return units.sub_(units.round()).abs_().mean(2)
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:

@@ -124,7 +124,11 @@ def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
 
 
 def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
-    """Runs of rows, sorted and apart, that make about `SHARE` of ``n_rows`` rows of ``length`` weights."""
+    """Runs of rows, sorted and apart, that make about `SHARE` of ``n_rows`` rows of ``length`` weights.
+
+    One in each equal part of the tensor, equally long. Rows after the last whole block, fewer than 256, are only looked
+    at where all are.
+    """
     unit = _aligned(length)
     units = n_rows // unit
     wanted = math.ceil(max(LEAST_WEIGHTS, SHARE * n_rows * length) / (unit * length))
@@ -133,9 +137,13 @@ def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
     count = min(_RUNS_REMOTE if remote else _RUNS, wanted)
     each = wanted // count
     generator = random.Random(seed)  # noqa: S311  the seed is the operating system's
-    free = sorted(generator.randrange(units - each * count + 1) for _ in range(count))
-    starts = [start + index * each for index, start in enumerate(free)]
-    return [range(start * unit, (start + each) * unit) for start in starts]
+    found = []
+    for part in range(count):
+        first, last = part * units // count, (part + 1) * units // count - each
+        # As often as the part's middle its ends would be beyond: so no row is less likely than another.
+        start = min(max(generator.randrange(first - each + 1, last + each), first), last)
+        found.append(range(start * unit, (start + each) * unit))
+    return found
 
 
 def _transposed(repository: Repository, tensor: StoredTensor, seed: int, *, full: bool) -> Iterator[Sample]:

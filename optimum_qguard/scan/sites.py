@@ -11,11 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from optimum_qguard.scan.channels import Channels, Octaves, merge_columns, merge_rows
+from optimum_qguard.scan.channels import Channels, Octaves, median, merge_columns, merge_rows
 
 _LAYER = re.compile(r"(?:.*:)?(.*?\.\d+\.)(.+)\.weight")
 _NORM = re.compile(r"norm|(^|[._])ln(_|$|\d)", re.IGNORECASE)
@@ -167,8 +168,13 @@ def _head_length(config: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _ends(module: str, names: Sequence[str]) -> bool:
-    return module.endswith(tuple(f".{name}" for name in names)) or module in names
+def _ends(module: str, names: tuple[str, ...]) -> bool:
+    return f".{module}".endswith(_endings(names))
+
+
+@cache
+def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
 
 
 def _is_vector(pieces: Sequence[Channels]) -> bool:
@@ -176,6 +182,5 @@ def _is_vector(pieces: Sequence[Channels]) -> bool:
 
 
 def _centered(octaves: Octaves) -> Octaves:
-    with np.errstate(all="ignore"):
-        centered: Octaves = octaves - np.nanmedian(octaves)
+    centered: Octaves = octaves - np.float32(median(octaves))
     return centered

@@ -60,6 +60,18 @@ def test_any_row_may_be_chosen() -> None:
     assert seen == {*range(1024)}
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_no_row_is_less_likely_than_another(remote: bool) -> None:
+    times = torch.zeros(1024)
+    for seed in range(4000):
+        for run in runs(1024, 256, seed, remote=remote):
+            times[run.start : run.stop] += 1
+    likely = len(runs(1024, 256, 0, remote=remote)[0]) * len(runs(1024, 256, 0, remote=remote)) / 1024
+    assert times.min() > 0.7 * likely * 4000
+    assert times[0] > 0.7 * likely * 4000
+    assert times[-1] > 0.7 * likely * 4000
+
+
 @pytest.mark.parametrize("shape", [(5000, 64), (3, 700, 96)])
 def test_a_quick_sample_is_those_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tensor = numbered(*shape)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from optimum_qguard.scan.channels import Channels, Octaves, measure
+from optimum_qguard.scan.channels import Channels, Octaves, measure, median
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.finding import Conclusion, Finding, Severity
 from optimum_qguard.scan.protected import claims_protection
@@ -172,7 +172,7 @@ def _unbalanced(site: SiteSizes) -> tuple[NDArray[np.int64], Octaves, int]:
     known = (np.isfinite(site.computed) & np.isfinite(site.read)).nonzero()[0]
     if len(known) == 0:
         return known, np.zeros(0, np.float32), 0
-    computed, read = (each[known] - np.median(each[known]) for each in (site.computed, site.read))
+    computed, read = (each[known] - np.float32(median(each[known])) for each in (site.computed, site.read))
     octaves = np.abs(read - computed) / 2
     chosen = (octaves >= min(_FEW)) & (np.abs(read + computed) <= octaves / 2)
     return known[chosen], octaves[chosen], len(known)
