@@ -125,13 +125,14 @@ def test_any_header(metadata: dict[str, Any], flow: bool | None, indent: bool) -
     """Whatever stands there means the same afterwards, or the card is refused."""
     style = {"default_flow_style": flow, "allow_unicode": True, "indent": 4 if indent else 2, "sort_keys": False}
     text = yaml.safe_dump(metadata | {"qguard": 1}, **style)
+    before = yaml.safe_load(text)  # the library itself loses some of what it is given, such as "\x85"
     try:
         card = described_card(f"---\n{text}---\nbody\n", metadata={}, own={"qguard": {"a": [1]}}, results=[OURS])
     except CheckpointError:
         return
     after = yaml.safe_load(card[4 : card.index("\n---\n")])
     assert after.pop("model-index")[0]["results"][-1] == OURS
-    assert repr(sorted(after.items())) == repr(sorted((metadata | {"qguard": {"a": [1]}}).items()))
+    assert repr(sorted(after.items())) == repr(sorted((before | {"qguard": {"a": [1]}}).items()))
     assert card.endswith("---\nbody\n")
 
 
