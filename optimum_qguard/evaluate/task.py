@@ -10,6 +10,7 @@ from optimum_qguard.evaluate.behaviour import Behaviour
 from optimum_qguard.evaluate.dataset import parse_source
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.evaluate.options import Options
+from optimum_qguard.registry import Registry
 
 
 class Task(ABC):
@@ -29,14 +30,12 @@ class Task(ABC):
         """The figures by name."""
 
 
-_REGISTRY: dict[str, Callable[[], Task]] = {}
+_REGISTRY: Registry[Callable[[], Task]] = Registry("task", "optimum_qguard.evaluate.tasks", EvaluationError)
 
 
 def register(name: str, factory: Callable[[], Task]) -> None:
     """Make a task known by name. Called at the end of each task's file."""
-    if name in _REGISTRY:
-        raise ValueError(f"task {name!r} is registered twice")
-    _REGISTRY[name] = factory
+    _REGISTRY.add(name, factory)
 
 
 def source_of(name: str, options: Options) -> tuple[str, str | None, str | None]:

@@ -1,4 +1,4 @@
-"""What each quantizer does to a tensor: scales, symbols, cells. Pure functions; imports nothing else of the package.
+"""What each quantizer does to a tensor: scales, symbols, cells. Pure functions; of the package only `registry` is used.
 
 A format is one file here. It defines a `Format`, and calls `register` for each name that it goes by; every file in this
 folder is found by itself.
@@ -13,9 +13,6 @@ folder is found by itself.
 """
 
 from __future__ import annotations
-
-import importlib
-import pkgutil
 
 from optimum_qguard.formats.format import (
     _REGISTRY,
@@ -45,15 +42,9 @@ __all__ = [
 ]
 
 
-def _discover() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def format_names() -> list[str]:
     """The names of all formats, sorted."""
-    _discover()
-    return sorted(_REGISTRY)
+    return _REGISTRY.names()
 
 
 def get_format(name: str) -> Format:
@@ -62,7 +53,4 @@ def get_format(name: str) -> Format:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    _discover()
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown format {name!r}; known: {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]()
+    return _REGISTRY.look_up(name)()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optimum_qguard.formats.grid import Grid
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS as _CHUNK_WEIGHTS
+from optimum_qguard.registry import Registry
 
 
 class WeightError(ValueError):
@@ -140,11 +141,9 @@ def check_finite(weight: Tensor, name: str) -> None:
     )
 
 
-_REGISTRY: dict[str, Callable[[], Format]] = {}
+_REGISTRY: Registry[Callable[[], Format]] = Registry("format", "optimum_qguard.formats")
 
 
 def register(name: str, factory: Callable[[], Format]) -> None:
     """Make a format known by name. Called at the end of each format's file."""
-    if name in _REGISTRY:
-        raise ValueError(f"format {name!r} is registered twice")
-    _REGISTRY[name] = factory
+    _REGISTRY.add(name, factory)

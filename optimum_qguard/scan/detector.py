@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from optimum_qguard.registry import Registry
+from optimum_qguard.scan.errors import ScanError
 from optimum_qguard.scan.finding import Conclusion
 from optimum_qguard.scan.sample import Sample
 from optimum_qguard.scan.subject import Subject
@@ -52,12 +54,10 @@ class Detector(ABC):
         """
 
 
-_REGISTRY: dict[str, Callable[[], Detector]] = {}
+_REGISTRY: Registry[Callable[[], Detector]] = Registry("detector", "optimum_qguard.scan.detectors", ScanError)
 
 
 def register(detector: type[Detector]) -> type[Detector]:
     """Class decorator: makes a detector known by its name."""
-    if detector.name in _REGISTRY:
-        raise ValueError(f"detector {detector.name!r} is registered twice")
-    _REGISTRY[detector.name] = detector
+    _REGISTRY.add(detector.name, detector)
     return detector

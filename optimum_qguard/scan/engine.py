@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from optimum_qguard.checkpoint.repository import Repository
+from optimum_qguard.registry import Registry
+from optimum_qguard.scan.errors import ScanError
 from optimum_qguard.scan.work import Result, Task
 
 
@@ -15,11 +17,9 @@ class Engine(Protocol):
     def __call__(self, tasks: Iterable[Task], repository: Repository, workers: int) -> Iterator[Result]: ...
 
 
-_REGISTRY: dict[str, Engine] = {}
+_REGISTRY: Registry[Engine] = Registry("engine", "optimum_qguard.scan.engines", ScanError)
 
 
 def register(name: str, engine: Engine) -> None:
     """Make an engine known by name. Called at the end of each engine's file."""
-    if name in _REGISTRY:
-        raise ValueError(f"engine {name!r} is registered twice")
-    _REGISTRY[name] = engine
+    _REGISTRY.add(name, engine)

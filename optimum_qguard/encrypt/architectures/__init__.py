@@ -10,8 +10,6 @@ Embeddings, the last norm and the head are never touched.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,15 +24,9 @@ from optimum_qguard.encrypt.sites import Site
 __all__ = ["ArchitectureError", "Family", "find_sites", "known_model_types", "register"]
 
 
-def _discover() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def known_model_types() -> list[str]:
     """The ``model_type`` of every known architecture, sorted."""
-    _discover()
-    return sorted(_REGISTRY)
+    return _REGISTRY.names()
 
 
 def find_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:
@@ -51,10 +43,9 @@ def find_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
             not guessed: an unknown tensor may read what a site scales.
     """
     model_type = config.get("model_type")
-    _discover()
+    known = ", ".join(_REGISTRY.names())
     family = _REGISTRY.get(str(model_type))
     if family is None:
-        known = ", ".join(sorted(_REGISTRY))
         raise ArchitectureError(f"it is not known where a model of type {model_type!r} may be scaled; known: {known}")
     text_config = _standardize(config, str(model_type))
     prefix, layers = _layers(family, shapes)

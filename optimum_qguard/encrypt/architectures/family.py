@@ -11,6 +11,7 @@ from typing import Any
 from optimum_qguard.encrypt.errors import ArchitectureError
 from optimum_qguard.encrypt.layouts import Heads, Layer, heads_of, pattern_of
 from optimum_qguard.encrypt.sites import Site, Template
+from optimum_qguard.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,10 @@ class Family:
         return [pattern_of(tensor) for tensor in self.ignored]
 
 
-_REGISTRY: dict[str, Family] = {}
+_REGISTRY: Registry[Family] = Registry("architecture", "optimum_qguard.encrypt.architectures")
 
 
 def register(family: Family) -> None:
     """Make a family known by its model types. Called at the end of each family's file."""
     for model_type in family.model_types:
-        if model_type in _REGISTRY:
-            raise ValueError(f"architecture {model_type!r} is registered twice")
-        _REGISTRY[model_type] = family
+        _REGISTRY.add(model_type, family)

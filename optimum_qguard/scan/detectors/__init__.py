@@ -5,26 +5,14 @@ A detector is a file here that defines a `Detector` under ``@register``.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from functools import cache
-
 from optimum_qguard.scan.detector import _REGISTRY, Detector
-from optimum_qguard.scan.errors import ScanError
 
 __all__ = ["detector_names", "get_detector"]
 
 
-@cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def detector_names() -> list[str]:
     """The names of all detectors, sorted."""
-    _discover()
-    return sorted(_REGISTRY)
+    return _REGISTRY.names()
 
 
 def get_detector(name: str) -> Detector:
@@ -33,7 +21,4 @@ def get_detector(name: str) -> Detector:
     Raises:
         ScanError: unknown name; the message lists the known ones.
     """
-    _discover()
-    if name not in _REGISTRY:
-        raise ScanError(f"unknown detector {name!r}; known: {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]()
+    return _REGISTRY.look_up(name)()
