@@ -23,7 +23,7 @@ from random_llama import ONE_BILLION, TINY, random_llama
 from optimum_qguard.checkpoint import open_checkpoint
 from optimum_qguard.evaluate import smollm2_path
 from optimum_qguard.evaluate.cache import cache_folder
-from optimum_qguard.scan.residuals import CELLS
+from optimum_qguard.scan.cells import CELLS
 from optimum_qguard.scan.scanner import scan
 
 MODELS: dict[str, Callable[[], Path]] = {

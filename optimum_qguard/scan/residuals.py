@@ -30,6 +30,8 @@ from torch import Tensor
 
 from optimum_qguard.formats import get_format
 from optimum_qguard.formats.scratch import Scratch
+from optimum_qguard.scan.cells import CELLS, FINE, SYMMETRIC_GROUPS
+from optimum_qguard.scan.dithering import CHUNK, dithered, is_rounded
 from optimum_qguard.scan.sample import Sample
 
 BINS = 128
@@ -49,17 +51,10 @@ QUICK_WEIGHTS, QUICK_SHARE = 1 << 14, 1 / 400
 GROUP = 2048
 """Weights next to each other, whose histograms are compared: equal values there make them differ too much."""
 
-SYMMETRIC_GROUPS = (32, 64, 128)
-"""Whose 4-bit grids are recognised, although their scale is not that which a quantizer would choose again."""
-
-FINE = 100
-"""Steps of formats of 8 bits have more."""
-
 _COARSE_REACH = 8.0  # steps
 _TOGETHER = 4
 _COMPARED = 8  # runs of 256 weights
 _OFF_GRID = 0.1  # steps, on average; 0.25 by chance
-_CHUNK = 1 << 16
 _SHORTEST = 32  # block
 _SEARCHED = 256  # block of the K-quants
 _K_QUANT_WEIGHTS = 1 << 13
@@ -69,66 +64,6 @@ _CODE_BOOK_STEP = 0.15  # what counts as a step there, as a share of absmax
 _LEAST_SIDE = 0.02  # of a code book's cell, as a share of absmax
 
 _KEPT = threading.local()
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Some formats whose cells are the same, or nearly so.
-
-    Attributes:
-        label: for people.
-        format: one of them, as `optimum_qguard.formats` calls it.
-        block: how many weights share a scale; 0: a row.
-        steps: from zero to the greatest magnitude, or from the least to the greatest weight if ``ranged``; 0 for a code
-            book or a scale that is searched.
-        ranged: whether the scale is set by the range.
-        shifted: whether the block's least weight is a symbol; otherwise zero is.
-        flat: whether blocks run on from one row to the next.
-    """
-
-    label: str
-    format: str
-    block: int
-    steps: float = 0.0
-    ranged: bool = False
-    shifted: bool = False
-    flat: bool = False
-
-    def fits(self, columns: int) -> bool:
-        """Whether a tensor with so many columns can have this format."""
-        if self.format == "quanto-int4":
-            return columns > 128 and self.block == next((g for g in (128, 96, 64) if columns % g == 0), None)
-        return columns >= 32 if self.block == 0 else self.flat or columns % self.block == 0
-
-
-def _affine(block: int) -> tuple[Cells, ...]:
-    return (
-        Cells(f"4-bit symmetric groups of {block}", "gptq-4", block, 7.5),
-        Cells(f"4-bit asymmetric groups of {block}", "torchao-int4", block, 15, ranged=True, shifted=True),
-        Cells(f"4-bit groups of {block} with an integer zero point", "gptq-4", block, 15, ranged=True),
-    )
-
-
-CELLS = (
-    Cells("int8 rows", "int8-rowwise", 0, 127),
-    Cells("int8 rows of torchao", "torchao-int8", 0, 127.5),
-    Cells("4-bit symmetric rows", "gptq-4", 0, 7.5),
-    Cells("NF4", "nf4", 64, flat=True),
-    Cells("FP4", "fp4", 64, flat=True),
-    Cells("GGUF Q8_0", "gguf-q8_0", 32, 127),
-    Cells("GGUF Q5_0", "gguf-q5_0", 32, 16),
-    Cells("GGUF Q5_1", "gguf-q5_1", 32, 31, ranged=True, shifted=True),
-    Cells("GGUF Q4_0", "gguf-q4_0", 32, 8),
-    *_affine(32),
-    *_affine(64),
-    *_affine(128),
-    Cells("int8 groups of 128", "gptq-8", 128, 127.5),
-    Cells("4-bit asymmetric groups of 96", "quanto-int4", 96, 15, ranged=True, shifted=True),
-    Cells("GGUF Q4_K", "gguf-q4_k", 256),
-    Cells("GGUF Q5_K", "gguf-q5_k", 256),
-    Cells("GGUF Q6_K", "gguf-q6_k", 256),
-)
-"""All that are looked at."""
 
 
 @dataclass
@@ -179,10 +114,10 @@ def histograms(samples: Sequence[Sample]) -> list[Histograms | None]:
         columns = sample.shape[-1] if len(sample.shape) > 1 else 0
         if columns and math.prod(sample.shape) >= LEAST_WEIGHTS and _plan(columns) is not None:
             rows = _few(sample)
-            alike.setdefault((rows.dtype, rows.shape, _is_rounded(rows)), []).append((number, rows))
+            alike.setdefault((rows.dtype, rows.shape, is_rounded(rows)), []).append((number, rows))
     for members in alike.values():
         size = members[0][1].numel()
-        together = max(1, _CHUNK // size) if size % _SEARCHED == 0 else 1
+        together = max(1, CHUNK // size) if size % _SEARCHED == 0 else 1
         for start in range(0, len(members), together):
             numbers, rows_of = zip(*members[start : start + together], strict=True)
             # Of integers, so the same in every process.
@@ -270,7 +205,7 @@ def _look(rows_of: Sequence[Tensor], draw: int) -> list[Histograms]:
     rows = rows_of[0] if members == 1 else torch.cat(list(rows_of))
     scratch = _scratch()
     for number, chunk in enumerate(_chunks(rows) if members == 1 else [rows]):
-        spread, coarse = _dithered(chunk, scratch)
+        spread, coarse = dithered(chunk, scratch)
         _leave_out_repeated(chunk, spread, members)
         looked = [(plan.looked, slice(None), _found(_positions(chunk, spread, plan, scratch, coarse=coarse), members))]
         if number < len(plan.searched):
@@ -323,56 +258,9 @@ def _chunks(rows: Tensor) -> Iterator[Tensor]:
     """Ranges of rows that fit the cache and end where blocks do."""
     columns = rows.shape[1]
     unit = 256 // math.gcd(columns, 256)
-    step = max(1, _CHUNK // (unit * columns)) * unit
+    step = max(1, CHUNK // (unit * columns)) * unit
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
-
-
-def _dithered(rows: Tensor, scratch: Scratch) -> tuple[Tensor, bool]:
-    """The weights in float32, each moved to a random one of the numbers that round to it; and whether they were BF16.
-
-    Also where a 16-bit model was stored in 32 bits: a float32 whose last 16 bits are all zero is taken for a BF16, one
-    whose last 13 bits are for an FP16. Of others, one in thousands is moved by 2⁻¹¹ of itself, which changes nothing.
-    """
-    weights = scratch.like(rows, "dithered").copy_(rows)
-    bits = weights.view(torch.int32)
-    coarse = rows.dtype == torch.bfloat16
-    if coarse:
-        bits += _noise(bits.numel(), 16).view_as(bits)
-    elif rows.dtype == torch.float16:
-        bits += _noise(bits.numel(), 13).view_as(bits)
-    else:
-        last = bits & 0x1FFF
-        if _is_often_zero(last):
-            is_16 = last == 0
-            is_bfloat16 = is_16 & ((bits & 0xFFFF) == 0)
-            noise = torch.where(is_16, _noise(bits.numel(), 13).view_as(bits), 0)
-            # Many FP16 numbers are BF16 numbers too: only where most are, it is a BF16 model.
-            coarse = int(is_bfloat16.sum()) > 0.5 * int(is_16.sum())
-            bits += torch.where(is_bfloat16, _noise(bits.numel(), 16).view_as(bits), noise) if coarse else noise
-    return torch.where(rows == 0, 0, weights), coarse
-
-
-def _is_rounded(rows: Tensor) -> bool:
-    """Whether `_dithered` would find that these had 16 bits."""
-    if rows.dtype in (torch.bfloat16, torch.float16):
-        return True
-    return _is_often_zero(rows.reshape(-1)[:_CHUNK].float().view(torch.int32) & 0x1FFF)
-
-
-def _is_often_zero(bits: Tensor) -> bool:
-    return int(torch.count_nonzero(bits)) < 0.999 * bits.numel()
-
-
-@cache
-def _all_noise(bits: int) -> Tensor:
-    generator = torch.Generator().manual_seed(bits)
-    return torch.randint(-(1 << bits) // 2, (1 << bits) // 2, (2 * _CHUNK,), dtype=torch.int32, generator=generator)
-
-
-def _noise(count: int, bits: int) -> Tensor:
-    noise = _all_noise(bits)
-    return noise[:count] if count <= len(noise) else noise.repeat(-(-count // len(noise)))[:count]
 
 
 def _leave_out_repeated(rows: Tensor, spread: Tensor, members: int) -> None:

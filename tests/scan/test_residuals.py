@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from optimum_qguard.formats import get_format
-from optimum_qguard.scan.residuals import BINS, CELLS, Histograms, histograms
+from optimum_qguard.scan.cells import CELLS
+from optimum_qguard.scan.residuals import BINS, Histograms, histograms
 from optimum_qguard.scan.sample import Sample
 
 

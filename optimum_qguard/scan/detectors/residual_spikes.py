@@ -9,88 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from optimum_qguard.scan.detector import Detector, register
-from optimum_qguard.scan.edges import comparisons, steepest
-from optimum_qguard.scan.finding import Conclusion, Finding, Plot
-from optimum_qguard.scan.residuals import (
-    BINS,
-    CELLS,
-    FINE,
-    NEAR,
-    NEAREST_BINS,
-    SYMMETRIC_GROUPS,
-    Cells,
-    Histograms,
-    histograms,
+from optimum_qguard.scan.box_tests import (
+    FIRST,
+    SHARP,
+    Suspect,
+    Tests,
+    comparisons_in,
+    dequantized_group,
+    has_repeats,
+    judged,
+    kind_of,
+    merged_pieces,
+    near_grids,
+    ratios_of,
+    tests_of,
 )
+from optimum_qguard.scan.cells import CELLS, Cells
+from optimum_qguard.scan.detector import Detector, register
+from optimum_qguard.scan.edges import steepest
+from optimum_qguard.scan.finding import Conclusion, Finding, Plot
+from optimum_qguard.scan.residuals import BINS, Histograms, histograms
 from optimum_qguard.scan.sample import Sample
 from optimum_qguard.scan.subject import Subject
 
-_SHARP = (1, 2, 4)
-_WIDE = (16, 32)
-_ON_GRID = 0.5  # of the weights near their symbols, where it would be a tenth
-_NEAR_GRID = 0.25
-_HEAPED = 1.5
-_DEQUANTIZED = 0.8
-_LEAST_BELOW = 40  # half of them are near by chance once in 10^9 tensors
-_REPEATED = 0.45  # of the weights equal to a neighbour; 8 bits of mantissa alone make it 0.1 to 0.2
-_NARROW = 3.2
-_LEVEL = 1.1
-_WINDOW = 4
-_EMPTY = 0.05
-_FIRST = round(NEAR * BINS)  # what gathers nearer to its symbol was quantized before; no attack has so little room
-_RATIO_NEAR = 4.0
 _WORST = 3
 _NONE_BEYOND = 50
-
-Kind = Literal["rows", "range", "searched", "zero"]
-
-
-@dataclass(frozen=True)
-class _Ratios:
-    """Of neighbouring windows' densities, that a clean model may have; ``wide`` is ``None`` where it is not tested."""
-
-    sharp: float
-    wide: float | None
-    pooled: float
-
-
-@dataclass
-class _Tests:
-    """All histograms of a repository, one line for each tensor and format that is tested.
-
-    Attributes:
-        tensor, cells: of each line.
-        counts, spread: see `steepest`; bins from `_FIRST` on.
-        nearer: the bins before, without the first.
-        even: of each line, whether its weights lie near no grid at all.
-        repeats: of each line, whether its weights repeat.
-    """
-
-    tensor: list[str]
-    cells: list[int]
-    counts: NDArray[np.int64]
-    spread: NDArray[np.float64]
-    nearer: NDArray[np.int64]
-    even: NDArray[np.bool_]
-    repeats: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Suspect:
-    """A line that a test rejects."""
-
-    line: int
-    log_p: float
-    place: int
-    width: int
-    statistic: str
 
 
 @register
@@ -108,16 +55,16 @@ class ResidualSpikes(Detector):
         return histograms(samples)
 
     def conclude(self, evidence: Mapping[str, Sequence[Any]], subject: Subject, alpha: float) -> Conclusion:
-        merged = {tensor: _merged(pieces) for tensor, pieces in evidence.items()}
+        merged = {tensor: merged_pieces(pieces) for tensor, pieces in evidence.items()}
         if not merged:
             return Conclusion(not_run="it has no matrices of at least a few thousand weights")
-        near = {tensor: _near_grids(found) for tensor, found in merged.items()}
-        tests = _tests(merged, near)
+        near = {tensor: near_grids(found) for tensor, found in merged.items()}
+        tests = tests_of(merged, near)
         findings: list[Finding] = []
-        suspects: list[_Suspect] = []
+        suspects: list[Suspect] = []
         if tests.tensor:
-            limit = math.log(alpha / _comparisons(tests))
-            suspects, broad, narrow = _judged(tests, limit)
+            limit = math.log(alpha / comparisons_in(tests))
+            suspects, broad, narrow = judged(tests, limit)
             findings += _alarms(self.name, tests, suspects)
             if not suspects:
                 findings += _pooled(self.name, tests, {tests.tensor[line] for line in broad + narrow}, limit)
@@ -127,181 +74,14 @@ class ResidualSpikes(Detector):
         return Conclusion(findings, _plots(self.name, tests, suspects))
 
 
-def _merged(pieces: Sequence[Histograms]) -> Histograms:
-    first, *others = pieces
-    total = Histograms(**vars(first))
-    for other in others:
-        total.add(other)
-    return total
-
-
-def _kind(cells: Cells) -> Kind:
-    """Formats of one kind have grids with common points, so weights on one are no even spread in the others."""
-    if cells.block == 0:
-        return "rows"
-    if cells.shifted:
-        return "range"
-    if cells.block == 256:
-        return "searched"
-    return "zero"
-
-
-def _ratios(cells: Cells) -> _Ratios:
-    """The finer the steps, the more evenly any density fills them; a searched scale prefers weights near symbols."""
-    if _kind(cells) == "searched":
-        return _Ratios(2.0, None, 2.0)
-    if cells.steps >= FINE:
-        return _Ratios(1.5, 1.25, 1.1) if cells.block == 0 else _Ratios(1.5, 1.5, 1.25)
-    return _Ratios(2.0, 2.0 if cells.steps == 0 else 1.5, 1.5)
-
-
-def _near_grids(found: Histograms) -> tuple[int, ...]:
-    """Of which formats, the most likely first, the weights lie on the grid or so near it that they came from there.
-
-    After a longer training fewer are near, but they still are the more the nearer.
-    """
-    nearest, near, all_below = found.below.T
-    share = near / np.maximum(all_below, 1)
-    # In a narrow box weights lie on its border, away from the symbol.
-    at_symbol = nearest / NEAREST_BINS >= (near - nearest) / (_FIRST - NEAREST_BINS)
-    heaped = found.counts[:, 1:_FIRST].mean(1) > _HEAPED * found.counts[:, _FIRST : 2 * _FIRST].mean(1)
-    is_near = at_symbol & ((share >= _ON_GRID) | ((share >= _NEAR_GRID) & heaped)) & (all_below >= _LEAST_BELOW)
-    return tuple(found.cells[i] for i in np.argsort(-share, kind="stable") if is_near[i])
-
-
-def _repeats(found: Histograms) -> bool:
-    return found.compared > 0 and found.repeated > _REPEATED * found.compared
-
-
-def _dequantized(found: Histograms) -> int | None:
-    """The group size of a symmetric 4-bit grid that repeating weights lie on."""
-    best = int(found.dequantized.argmax())
-    if not _repeats(found) or found.dequantized[best] < _DEQUANTIZED * found.compared:
-        return None
-    return SYMMETRIC_GROUPS[best]
-
-
-def _tests(merged: Mapping[str, Histograms], near: Mapping[str, tuple[int, ...]]) -> _Tests:
-    """What can be tested, see `_testable`."""
-    tensor, cells, counts, spread, nearer, even, repeats = [], [], [], [], [], [], []
-    seen = set()
-    for name, found in merged.items():
-        testable = _testable(found, near[name])
-        for line, index in enumerate(found.cells):
-            if index not in testable or found.freedom[line] <= 0:
-                continue
-            key = (index, found.counts[line].tobytes())
-            if key in seen:  # the same tensor stored twice
-                continue
-            seen.add(key)
-            tensor.append(name)
-            cells.append(index)
-            counts.append(found.counts[line, _FIRST:])
-            # An upper bound of what is estimated, three standard deviations above.
-            more = found.chi_square[line] / found.freedom[line] + 3 * math.sqrt(2 / found.freedom[line])
-            spread.append(max(1.0, more))
-            nearer.append(found.counts[line, 1:_FIRST])
-            even.append(not near[name] and not _repeats(found))
-            repeats.append(_repeats(found))
-    table = np.array(counts, dtype=np.int64).reshape(-1, BINS - _FIRST)
-    inner = np.array(nearer, dtype=np.int64).reshape(-1, _FIRST - 1)
-    return _Tests(
-        tensor, cells, table, np.array(spread), inner, np.array(even, dtype=bool), np.array(repeats, dtype=bool)
-    )
-
-
-def _testable(found: Histograms, near: Sequence[int]) -> set[int]:
-    """Of the formats that a tensor has histograms for, those in which it would be spread evenly.
-
-    Weights on or near a grid are not in the formats of its kind. Where the grid has a symbol at zero, the greatest
-    weight of a block is a whole number of its steps; then the weights are simple fractions of it, whatever the format,
-    and in whole rows, of which only some blocks are like that, they still nearly are.
-    """
-    kinds = {_kind(CELLS[index]) for index in near}
-    if kinds - {"range"} or (kinds and _repeats(found)):
-        return {i for i in found.cells if "rows" not in kinds and CELLS[i].block == 0 and CELLS[i].steps >= FINE}
-    return {i for i in found.cells if not (kinds and _kind(CELLS[i]) in ("range", "searched"))}
-
-
-def _comparisons(tests: _Tests) -> int:
-    """In all, with those of the histograms of all tensors together."""
-    return 2 * (len(tests.tensor) + len({*tests.cells})) * comparisons(BINS - _FIRST, _SHARP + _WIDE)
-
-
-def _judged(tests: _Tests, limit: float) -> tuple[list[_Suspect], list[int], list[int]]:
-    """Lines that show a box; lines that merely fall off, broadly; and lines that fall off close to the symbol."""
-    ratios = [_ratios(CELLS[index]) for index in tests.cells]
-    sharp = np.where(tests.even, [ratio.sharp for ratio in ratios], _RATIO_NEAR)
-    # A ratio without end is never exceeded.
-    wide = np.where(tests.even, [ratio.wide or np.inf for ratio in ratios], np.inf)
-    falls = steepest(tests.counts, tests.spread, sharp, _SHARP)
-    falls_widely = steepest(tests.counts, tests.spread, wide, _WIDE)
-    rises_widely = steepest(tests.counts, tests.spread, wide, _WIDE, rise=True)
-    suspects: list[_Suspect] = []
-    broad: list[int] = []
-    narrow: list[int] = []
-    for line in range(len(tests.tensor)):
-        if tests.repeats[line] and not _is_box(tests.nearer[line], tests.counts[line], int(falls.place[line])):
-            continue
-        if falls.log_p[line] < limit:
-            place, width = int(falls.place[line]), int(falls.width[line])
-            suspects.append(_Suspect(line, float(falls.log_p[line]), place, width, "edge"))
-        elif falls_widely.log_p[line] < limit:
-            place, width = int(falls_widely.place[line]), int(falls_widely.width[line])
-            if rises_widely.log_p[line] < limit or _is_level(tests.counts[line], place):
-                suspects.append(_Suspect(line, float(falls_widely.log_p[line]), place, width, "thinning"))
-            else:
-                (narrow if _is_narrow(tests.counts[line]) else broad).append(line)
-    return _without_ripples(tests, suspects, broad + narrow, limit), broad, narrow
-
-
-def _is_box(nearer: NDArray[np.int64], counts: NDArray[np.int64], place: int) -> bool:
-    """Whether weights are spread evenly up to an edge at ``place`` with none beyond. Weights that repeat on an unknown
-    grid have edges too, but anywhere; those that repeat since they were clamped have this."""
-    inside = np.concatenate([nearer, counts[: max(0, place - 4)]])
-    windows = inside[: len(inside) // _WINDOW * _WINDOW].reshape(-1, _WINDOW).sum(1)
-    beyond = counts[place + 2 :]
-    empty = beyond.size > 0 and beyond.mean() < _EMPTY * inside.mean()
-    return bool(empty and windows.max() <= 2 * windows.min())
-
-
-def _is_level(counts: NDArray[np.int64], place: int) -> bool:
-    """Whether a density that falls widely from ``place`` on is level before: a box with a blurred edge. A bell as level
-    as that in its inner half falls by less than is noticed in its outer half."""
-    quarter = BINS // 5
-    return place + _FIRST >= BINS // 2 and bool(counts[:quarter].sum() <= _LEVEL * counts[quarter : 2 * quarter].sum())
-
-
-def _without_ripples(
-    tests: _Tests, suspects: Sequence[_Suspect], smooth: Sequence[int], limit: float
-) -> list[_Suspect]:
-    """Without those that are explained by another line of their tensor, which falls off smoothly about the symbols of a
-    fine format: seen in the cells of a coarse one, that grid is a row of spikes. Between these something is left."""
-    rippled = {tests.tensor[line] for line in smooth if CELLS[tests.cells[line]].steps >= FINE}
-    doubtful = [suspect for suspect in suspects if tests.tensor[suspect.line] in rippled]
-    if not doubtful:
-        return list(suspects)
-    lines = [suspect.line for suspect in doubtful]
-    ratio = np.full(len(lines), _RATIO_NEAR)
-    again = steepest(tests.counts[lines], tests.spread[lines], ratio, _SHARP)
-    explained = {line for line, log_p in zip(lines, again.log_p, strict=True) if log_p >= limit}
-    return [suspect for suspect in suspects if suspect.line not in explained]
-
-
-def _is_narrow(counts: NDArray[np.int64]) -> bool:
-    """Whether weights lie about their symbols more closely than any attacker could use: what is left of an earlier
-    quantization after a short training."""
-    return bool(counts[: BINS // 16].mean() >= _NARROW * counts[BINS // 4 :].mean())
-
-
-def _alarms(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[Finding]:
+def _alarms(detector: str, tests: Tests, suspects: Sequence[Suspect]) -> list[Finding]:
     """For each format that explains a tensor best: how many, and the worst ones."""
-    strongest: dict[str, _Suspect] = {}
+    strongest: dict[str, Suspect] = {}
     for suspect in suspects:
         tensor = tests.tensor[suspect.line]
         if tensor not in strongest or suspect.log_p < strongest[tensor].log_p:
             strongest[tensor] = suspect
-    by_cells: dict[int, list[_Suspect]] = {}
+    by_cells: dict[int, list[Suspect]] = {}
     for suspect in sorted(strongest.values(), key=lambda suspect: suspect.log_p):
         by_cells.setdefault(tests.cells[suspect.line], []).append(suspect)
     findings: list[Finding] = []
@@ -319,7 +99,7 @@ def _alarms(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[
     return findings
 
 
-def _finding(detector: str, tests: _Tests, suspect: _Suspect, message: str, tensor: str | None) -> Finding:
+def _finding(detector: str, tests: Tests, suspect: Suspect, message: str, tensor: str | None) -> Finding:
     return Finding(
         detector=detector,
         severity="error",
@@ -333,13 +113,13 @@ def _finding(detector: str, tests: _Tests, suspect: _Suspect, message: str, tens
     )
 
 
-def _times(tests: _Tests, suspect: _Suspect) -> float:
+def _times(tests: Tests, suspect: Suspect) -> float:
     """How many times as many weights there are just within the edge as just beyond it."""
     counts, at, width = tests.counts[suspect.line], suspect.place, suspect.width
     return float(counts[at - width : at].sum() / max(1, counts[at : at + width].sum()))
 
 
-def _said(tests: _Tests, suspect: _Suspect, tensors: int) -> str:
+def _said(tests: Tests, suspect: Suspect, tensors: int) -> str:
     cells = CELLS[tests.cells[suspect.line]]
     name = tests.tensor[suspect.line]
     subject = name if tensors == 1 else f"{tensors} of the tensors, {name} most of all,"
@@ -357,13 +137,13 @@ def _said(tests: _Tests, suspect: _Suspect, tensors: int) -> str:
 
 
 def _place(cells: Cells, place: int) -> str:
-    share = (_FIRST + place) / BINS
-    if cells.steps or _kind(cells) == "searched":
+    share = (FIRST + place) / BINS
+    if cells.steps or kind_of(cells) == "searched":
         return f"{share / 2:.2f} steps from the middle of a cell"
     return f"{share:.0%} of the way from the symbol to the end of a cell"
 
 
-def _pooled(detector: str, tests: _Tests, smooth: set[str], limit: float) -> list[Finding]:
+def _pooled(detector: str, tests: Tests, smooth: set[str], limit: float) -> list[Finding]:
     """What is too weak in each tensor, but is there in all together; the strongest. ``smooth`` tensors are left out."""
     counted = tests.even & np.array([tensor not in smooth for tensor in tests.tensor])
     cells = np.where(counted, tests.cells, -1)
@@ -372,19 +152,19 @@ def _pooled(detector: str, tests: _Tests, smooth: set[str], limit: float) -> lis
         return []
     counts = np.stack([tests.counts[cells == index].sum(0) for index in indices])
     spread = np.array([tests.spread[cells == index].max() for index in indices])
-    ratio = np.array([_ratios(CELLS[index]).pooled for index in indices])
-    falls = steepest(counts, spread, ratio, _SHARP)
+    ratio = np.array([ratios_of(CELLS[index]).pooled for index in indices])
+    falls = steepest(counts, spread, ratio, SHARP)
     best = int(falls.log_p.argmin())
     if falls.log_p[best] >= limit:
         return []
     yes = np.ones(len(indices), dtype=bool)
-    together = _Tests(["all tensors together"] * len(indices), indices, counts, spread, counts, yes, ~yes)
-    suspect = _Suspect(best, float(falls.log_p[best]), int(falls.place[best]), int(falls.width[best]), "pooled edge")
+    together = Tests(["all tensors together"] * len(indices), indices, counts, spread, counts, yes, ~yes)
+    suspect = Suspect(best, float(falls.log_p[best]), int(falls.place[best]), int(falls.width[best]), "pooled edge")
     message = _said(together, suspect, 1).replace("together has", "together have")
     return [_finding(detector, together, suspect, message[0].upper() + message[1:], None)]
 
 
-def _bumps(detector: str, tests: _Tests, broad: Sequence[int], narrow: Sequence[int]) -> list[Finding]:
+def _bumps(detector: str, tests: Tests, broad: Sequence[int], narrow: Sequence[int]) -> list[Finding]:
     """Notes on densities that fall off smoothly."""
     findings = []
     for lines, unsettled in ((broad, True), (narrow, False)):
@@ -417,12 +197,12 @@ def _grids(detector: str, merged: Mapping[str, Histograms], near: Mapping[str, t
     """Notes on weights that lie on a grid, one for each format that is the likeliest for a tensor."""
     by_grid: dict[tuple[str, str] | None, list[str]] = {}
     for name, indices in near.items():
-        group = _dequantized(merged[name])
+        group = dequantized_group(merged[name])
         if indices:
             by_grid.setdefault((CELLS[indices[0]].label, CELLS[indices[0]].format), []).append(name)
         elif group is not None:
             by_grid.setdefault((f"4-bit symmetric groups of {group}", "gptq-4"), []).append(name)
-        elif _repeats(merged[name]):
+        elif has_repeats(merged[name]):
             by_grid.setdefault(None, []).append(name)
     findings = []
     for grid, names in sorted(by_grid.items(), key=lambda item: len(item[1]), reverse=True):
@@ -445,7 +225,7 @@ def _grids(detector: str, merged: Mapping[str, Histograms], near: Mapping[str, t
     return findings
 
 
-def _plots(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[Plot]:
+def _plots(detector: str, tests: Tests, suspects: Sequence[Suspect]) -> list[Plot]:
     """Of the worst tensor and format, or of int8 rows of all tensors."""
     if suspects:
         worst = min(suspects, key=lambda suspect: suspect.log_p)
@@ -457,7 +237,7 @@ def _plots(detector: str, tests: _Tests, suspects: Sequence[_Suspect]) -> list[P
             return []
         cells, counts = CELLS[tests.cells[lines[0]]], tests.counts[lines].sum(0)
         title = f"All tensors together in cells of {cells.label}"
-    middles = (np.arange(BINS)[_FIRST:] + 0.5) / BINS
+    middles = (np.arange(BINS)[FIRST:] + 0.5) / BINS
     bars = counts.astype(float)
     label = "share of the way from the symbol to the cell's border"
     even = [float(bars.mean())] * len(bars)
