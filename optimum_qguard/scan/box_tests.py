@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from optimum_qguard.scan.cells import CELLS, FINE, SYMMETRIC_GROUPS, Cells
 from optimum_qguard.scan.edges import comparisons, steepest
-from optimum_qguard.scan.residuals import BINS, NEAR, NEAREST_BINS, Histograms
+from optimum_qguard.scan.places import BINS
+from optimum_qguard.scan.residuals import NEAR, NEAREST_BINS, Histograms
 
 SHARP = (1, 2, 4)
 """Bins of the windows that are compared at an edge."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from optimum_qguard.formats import get_format
 from optimum_qguard.scan.cells import CELLS
-from optimum_qguard.scan.residuals import BINS, Histograms, histograms
+from optimum_qguard.scan.places import BINS
+from optimum_qguard.scan.residuals import Histograms, histograms
 from optimum_qguard.scan.sample import Sample
 
 

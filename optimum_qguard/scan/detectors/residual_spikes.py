@@ -32,7 +32,8 @@ from optimum_qguard.scan.cells import CELLS, Cells
 from optimum_qguard.scan.detector import Detector, register
 from optimum_qguard.scan.edges import steepest
 from optimum_qguard.scan.finding import Conclusion, Finding, Plot
-from optimum_qguard.scan.residuals import BINS, Histograms, histograms
+from optimum_qguard.scan.places import BINS
+from optimum_qguard.scan.residuals import Histograms, histograms
 from optimum_qguard.scan.sample import Sample
 from optimum_qguard.scan.subject import Subject
 
