@@ -1,0 +1,1 @@
+"""Repairs damaged models: a short fine-tune whose weights are held near a clean checkpoint's."""
