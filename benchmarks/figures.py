@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt", "scan")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt", "scan", "repair")),
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -217,7 +221,85 @@ def accuracy_table(rows: Rows) -> str:
     )
 
 
+def precision_table(rows: Rows) -> str:
+    """A table for each model and attack: defences under each attacker, with intervals."""
+    shown = ("clean F1", "adversarial F1", "change", "success rate", "adversarial F1 - static 8-bit")
+    parts = []
+    for model, attack in dict.fromkeys((row["model"], row["attack"]) for row in rows):
+        here = [row for row in rows if (row["model"], row["attack"]) == (model, attack)]
+        body = [
+            [row["defence"], row["attacker uses"], *(with_interval(row, column) for column in shown)]
+            for row in sorted(
+                here, key=lambda row: list(dict.fromkeys(row["defence"] for row in here)).index(row["defence"])
+            )
+        ]
+        parts.append(
+            f"{model}, {attack}, {here[0]['questions']} questions\n\n"
+            f"{_markdown(['defence', 'attacker uses the gradients of', *shown], body)}"
+        )
+    return "\n".join(parts)
+
+
+def with_interval(row: Mapping[str, Any], column: str) -> str:
+    """The estimate and its interval, of the columns that are called so, and ``low`` and ``high``."""
+    if row[column] is None:
+        return ""
+    return f"{row[column]:.3f} [{row[f'{column} low']:.3f}, {row[f'{column} high']:.3f}]"
+
+
+def repair_table(rows: Rows) -> str:
+    """A table for each model and noise, as in the paper: perplexity and in brackets recovery, means over the seeds."""
+    parts = []
+    for model, ratio in dict.fromkeys((row["model"], row["ratio"]) for row in rows):
+        found = [row for row in rows if (row["model"], row["ratio"]) == (model, ratio)]
+        seeds = len({row["seed"] for row in found})
+        sigma = statistics.fmean(row["sigma"] for row in found)
+        steps = f"steps of {found[0]['block']} tokens"
+        parts.append(
+            f"{model}: noise for a perplexity ratio of {ratio:.2f} (standard deviation {sigma:.2g}, "
+            f"{seeds} seed{'s' if seeds > 1 else ''}), {steps}\n\n{_repaired(found)}"
+        )
+    return "\n".join(parts)
+
+
+def _repaired(rows: Rows) -> str:
+    """One model and noise: clean, attacked, and each repair."""
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    texts = {"": "{}", "other text, ": "other text, {}"}
+    columns = [(prefix, precision) for prefix in texts for precision in precisions]
+    head = ["", "strength", "steps", *(texts[prefix].format(precision) for prefix, precision in columns)]
+    head += ["distance", "prompts better", "in order", "variance"]
+
+    def mean(chosen: Rows, column: str) -> float | None:
+        values = [row[column] for row in chosen if row[column] is not None]
+        return statistics.fmean(values) if values else None
+
+    body: list[list[object]] = []
+    for side in ("clean", "attacked"):
+        cells = [
+            f"{mean([row for row in rows if row['precision'] == precision], f'{prefix}{side}'):.2f}"
+            for prefix, precision in columns
+        ]
+        away = 0.0 if side == "clean" else mean(rows, "attacked distance")
+        body.append([side, "", "", *cells, f"{away:.1f}", "", "", ""])
+    for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
+        runs = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
+        cells = []
+        for prefix, precision in columns:
+            chosen = [row for row in runs if row["precision"] == precision]
+            share = mean(chosen, f"{prefix}recovery")
+            cells.append(f"{mean(chosen, f'{prefix}defended'):.2f}" + ("" if share is None else f" ({share:.0%})"))
+        coupled = "" if runs[0]["decoupled"] in (True, None) else " (coupled)"
+        strength = "" if runs[0]["strength"] is None else f"{runs[0]['strength']:g}{coupled}"
+        better, ordered = (mean(runs, column) for column in ("prompts improved", "prompts ordered"))
+        spread = f"{-(mean(runs, 'variance reduction') or 0):+.0%}"
+        away = f"{mean(runs, 'distance'):.1f}"
+        body.append([method, strength, steps, *cells, away, f"{better:.0%}", f"{ordered:.0%}", spread])
+    return _markdown(head, body)
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "repair_table": repair_table,
     "scan_accuracy": accuracy_table,
     "outliers": outliers_table,
     "collapse_matrix": collapse_table,
@@ -226,6 +308,7 @@ _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,
+    "precision_table": precision_table,
 }
 
 

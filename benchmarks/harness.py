@@ -99,14 +99,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def write(name: str, rows: Sequence[Row], output: Path) -> None:
-    """Write ``rows`` with the machine and the versions to ``output``, as the benchmark called ``name``."""
+def write(name: str, rows: Sequence[Row], output: Path, sections: Mapping[str, object] | None = None) -> None:
+    """Write ``rows`` with the machine and the versions to ``output``, as the benchmark called ``name``.
+
+    Args:
+        name, rows, output: as said.
+        sections: results of other benchmarks to be kept beside the rows.
+    """
     result = {
         "name": name,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(),
         "versions": versions(),
         "rows": [dict(row) for row in rows],
+        **({"sections": sections} if sections else {}),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")

@@ -36,29 +36,43 @@ if TYPE_CHECKING:
     from optimum_qguard.guard.errors import QGuardError as QGuardError
     from optimum_qguard.guard.guard_all import guard_all as guard_all
     from optimum_qguard.guard.report import GuardReport as GuardReport
+    from optimum_qguard.precision.bitmap import BitMap as BitMap
+    from optimum_qguard.precision.config import PrecisionConfig as PrecisionConfig
+    from optimum_qguard.precision.errors import PrecisionError as PrecisionError
+    from optimum_qguard.repair.anchor import AnchorCallback as AnchorCallback
+    from optimum_qguard.repair.report import RepairReport as RepairReport
+    from optimum_qguard.repair.run import repair_checkpoint as repair_checkpoint
+    from optimum_qguard.repair.trainer import AnchorTrainer as AnchorTrainer
     from optimum_qguard.scan.report import ScanReport as ScanReport
     from optimum_qguard.scan.scanner import scan as scan
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AnchorCallback": "repair.anchor",
+    "AnchorTrainer": "repair.trainer",
+    "BitMap": "precision.bitmap",
     "Conditioning": "encrypt.conditioning",
     "EncryptError": "encrypt.errors",
     "EncryptReport": "encrypt.manifest",
     "GuardReport": "guard.report",
     "Key": "encrypt.key",
+    "PrecisionConfig": "precision.config",
+    "PrecisionError": "precision.errors",
     "QGuardConfig": "guard.config",
     "QGuardError": "guard.errors",
     "QGuardGPTQConfig": "guard.config",
     "QGuardInt8Config": "guard.config",
     "QGuardNF4Config": "guard.config",
     "QGuardUnlockConfig": "encrypt.unlock",
+    "RepairReport": "repair.report",
     "Residue": "encrypt.residue",
     "ScanReport": "scan.report",
     "Traps": "encrypt.traps",
     "decrypt_checkpoint": "encrypt.transform",
     "encrypt_checkpoint": "encrypt.transform",
     "guard_all": "guard.guard_all",
+    "repair_checkpoint": "repair.run",
 }
 
 __all__ = [*_WHERE, "__version__", "scan"]

@@ -19,8 +19,9 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    # Registers when it is imported. If that import is what has imported the target, it goes on and registers then.
+    # They register when imported. If that import is what has imported the target, it goes on and registers then.
     importlib.import_module("optimum_qguard.guard.quantizer")
+    importlib.import_module("optimum_qguard.precision.nested_config")
 
 
 class _RegisterAfter(Loader):

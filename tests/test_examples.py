@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repair_models import save_clean
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -83,6 +84,14 @@ def test_pre_commit(tiny_llama: Path, tmp_path: Path) -> None:
     program, *verb = hook["entry"].split()
     assert program == "qguard"
     assert qguard(*verb, *wanted["args"], file).startswith(f"CLEAN         {file}")
+
+
+def test_repair_model(tmp_path: Path) -> None:
+    clean = save_clean("llama", tmp_path / "clean", max_position_embeddings=128)
+    out = run("repair_model.py", clean)
+    assert out.startswith("10 steps of 256 tokens: training loss ")
+    before, after = re.search(r"distance to the anchor (\S+) → (\S+)\n", out).groups()
+    assert float(after) < 0.7 * float(before)
 
 
 @pytest.mark.real_model

@@ -18,6 +18,7 @@ EXTRAS = (
     "datasets",
     "numba",
     "ray",
+    "scipy",
 )
 
 

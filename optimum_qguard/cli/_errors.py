@@ -10,6 +10,8 @@ from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.hub.bot.errors import BotError
+from optimum_qguard.precision.errors import PrecisionError
+from optimum_qguard.repair.errors import RepairError
 from optimum_qguard.scan.errors import ScanError
 
 _SAY_WHAT_TO_DO = (
@@ -19,8 +21,10 @@ _SAY_WHAT_TO_DO = (
     EncryptError,
     EvaluationError,
     WeightError,
+    PrecisionError,
     QGuardConfigError,
     QGuardError,
+    RepairError,
     ScanError,
     FileNotFoundError,
     ImportError,

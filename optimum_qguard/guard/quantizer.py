@@ -55,7 +55,7 @@ class Guard:
 
     def __init__(self, config: QGuardConfig, quantizer: Any) -> None:
         self._config = config
-        self._inner = config.quantization_config
+        self._inner = quantizer.quantization_config
         self._backend = backend_of(self._inner)
         require(self._backend)
         self._quantizer = quantizer

@@ -14,7 +14,7 @@ Source: METHODS section 6; Loshchilov and Hutter, Decoupled Weight Decay Regular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,33 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
-from optimum_qguard.formats.scratch import CHUNK_WEIGHTS, Scratch
+from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.repair.errors import RepairError
-from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_modules
+from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_modules, transformers_model
+from optimum_qguard.repair.weights import LoraWeight, PlainWeight, Weight, reduce_squares, weight_of
 
 __all__ = ["DEFAULT_MODULES", "Anchor", "AnchorCallback"]
+
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True)
 class Anchor:
     """A clean checkpoint, of which one tensor at a time is looked at.
 
+    The model that its methods take is the one that it was opened for, wrapped or not: with adapters (LoRA), where W is
+    the weight that merging them would give; compiled; in DistributedDataParallel; sharded by FSDP 2, where each process
+    reads its own part of the anchor, and all of them must call `loss` and `distance`.
+
     Attributes:
         reader: the checkpoint.
         stored: by the name of each anchored parameter in the model, its name in the checkpoint.
+        modules: the patterns that chose them.
     """
 
     reader: CheckpointReader
     stored: dict[str, str]
+    modules: tuple[str, ...]
 
     @classmethod
     def open(
@@ -55,32 +64,42 @@ class Anchor:
         """Open a folder or a Hub repository as the anchor of a model.
 
         Raises:
-            RepairError: it is quantized, of another architecture, or has other shapes or weights that are no numbers;
-                or a pattern matches nothing.
+            RepairError: it or the model is quantized; it is of another architecture, or has other shapes or weights
+                that are no numbers; a pattern matches nothing; adapters or sharding that an anchor cannot hold.
             CheckpointError: it cannot be read.
         """
         reader = open_checkpoint(source, revision=revision)
         if reader.quantization_config is not None:
             raise RepairError(f"{source}: is quantized, so it cannot be an anchor; name its full-precision original")
+        _refuse_model(model)
+        inner = transformers_model(model)
         stored = {}
         for name, module in anchored_modules(model, modules).items():
-            weight = module.weight
-            if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                raise RepairError(f"{name}: is quantized, so it cannot be trained; load the full-precision model")
-            found = _name_in(reader, f"{name}.weight")
+            parameter = f"{name}.weight"
+            found = _name_in(reader, parameter, getattr(inner, "base_model_prefix", ""))
             if found is None:
-                raise RepairError(f"{source}: has no tensor {name}.weight; an anchor is of the model's architecture")
-            shape = tuple(reader.tensors[found].shape)
-            if shape != tuple(weight.shape):
                 raise RepairError(
-                    f"{source}: {found} is {shape}, and the model's is {tuple(weight.shape)}; they must be alike"
+                    f"{source}: has no tensor {parameter}{_architectures(reader, inner)}; an anchor has all of the "
+                    "model's tensors"
                 )
-            stored[f"{name}.weight"] = found
-        return cls(reader, stored)
+            info, shape = reader.tensors[found], weight_of(name, module).shape
+            if tuple(info.shape) != shape:
+                raise RepairError(
+                    f"{source}: {found} is {tuple(info.shape)}, and the model's is {shape}"
+                    f"{_architectures(reader, inner)}; an anchor has the model's shapes"
+                )
+            if info.dtype not in _DTYPES:
+                raise RepairError(f"{source}: {found} is {info.dtype}; an anchor's weights are floating-point numbers")
+            if not all(
+                bool(piece.isfinite().all()) for piece in torch.split(reader.read(found).view(-1), CHUNK_WEIGHTS)
+            ):
+                raise RepairError(f"{source}: {found} has values that are NaN or infinite; name another anchor")
+            stored[parameter] = found
+        return cls(reader, stored, tuple(modules))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the anchored parameters, in the model."""
+        """Of the anchored parameters, in the model without adapters."""
         return tuple(self.stored)
 
     def tensor(self, name: str) -> Tensor:
@@ -89,62 +108,71 @@ class Anchor:
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module, strength: float) -> None:
-        """Add ``2 strength (W - W₀) / (T n)`` to each gradient."""
-        parameters = dict(model.named_parameters())
-        for name in self.stored:
-            parameter = parameters[name]
-            if parameter.grad is not None:
-                factor = 2 * strength / (len(self.stored) * parameter.numel())
-                self._add_difference(parameter.grad, parameter, name, factor)
+        """Add ``2 strength (W - W₀) / (T n)``, and what it means for adapters, to gradients that there are."""
+        for name, weight in self._weights(model):
+            if weight.trained:
+                factor = 2 * strength / (len(self.stored) * math.prod(weight.shape))
+                weight.add_gradient(self.tensor(name), factor)
 
     @torch.no_grad()
-    def pull(self, model: nn.Module, share: float) -> None:
-        """``W ← W - share (W - W₀)``."""
-        parameters = dict(model.named_parameters())
-        for name in self.stored:
-            self._add_difference(parameters[name], parameters[name], name, -share)
+    def pull(self, model: nn.Module, strength: float, groups: Iterable[dict[str, Any]]) -> None:
+        """``W ← W - ηλ(W - W₀)`` for each weight that an optimizer trains.
 
-    def _add_difference(self, to: Tensor, weight: Tensor, name: str, factor: float) -> None:
-        """``to += factor (weight - W₀)``, in pieces that stay in the cache."""
-        scratch = Scratch()
-        for target, current, clean in _pieces(to.data, weight.data, self.tensor(name)):
-            difference = torch.sub(current, clean.to(current.device), out=scratch.like(current, "difference"))
-            target.add_(difference, alpha=factor)
+        Args:
+            groups: the optimizer's ``param_groups``; η is a group's ``lr``.
 
-    @torch.no_grad()
-    def squares(self, model: nn.Module) -> dict[str, tuple[float, int]]:
-        """By parameter Σ (W - W₀)², and the number of weights."""
-        parameters = dict(model.named_parameters())
-        return {name: (self._square(parameters[name].data, name), parameters[name].numel()) for name in self.stored}
-
-    def _square(self, weight: Tensor, name: str) -> float:
-        return math.fsum(
-            float((current.float() - clean.to(current.device).float()).square().sum(dtype=torch.float64))
-            for current, clean in _pieces(weight, self.tensor(name))
-        )
+        Raises:
+            RepairError: ηλ > 1; adapters.
+        """
+        named = dict(self._weights(model))
+        for (name, weight), share in zip(named.items(), _shares(named.values(), strength, groups), strict=True):
+            if share and isinstance(weight, PlainWeight):
+                weight.pull(self.tensor(name), share)
 
     def loss(self, model: nn.Module) -> float:
         """Mean over the anchored tensors of ``mean((W - W₀)²)``."""
-        squares = self.squares(model)
-        return math.fsum(square / n for square, n in squares.values()) / len(squares)
+        return self.measure(model)[0]
 
     def distance(self, model: nn.Module) -> float:
         """``√Σ (W - W₀)²`` over all of them."""
-        return math.sqrt(math.fsum(square for square, _ in self.squares(model).values()))
+        return self.measure(model)[1]
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """`loss` and `distance`, in one pass; sums in float64."""
+        named = list(self._weights(model))
+        weights = [weight for _, weight in named]
+        squares = reduce_squares(weights, [weight.square(self.tensor(name)) for name, weight in named])
+        means = (square / math.prod(weight.shape) for square, weight in zip(squares, weights, strict=True))
+        return math.fsum(means) / len(squares), math.sqrt(math.fsum(squares))
+
+    def _weights(self, model: nn.Module) -> Iterator[tuple[str, Weight]]:
+        for name, module in anchored_modules(model, self.modules).items():
+            yield f"{name}.weight", weight_of(name, module)
 
 
-class AnchorCallback(TrainerCallback):
+class AnchorCallback(TrainerCallback):  # type: ignore[misc]
     """Holds the weights of the model that a ``Trainer`` trains near an anchor's.
+
+    The gradient is added once per optimizer step, to what has been accumulated, averaged over processes, unscaled
+    (fp16) and *clipped*: the penalty neither is clipped nor changes what clipping does, so that its strength does not
+    depend on how large the task's gradients are.
+
+    With adapters (LoRA, not decoupled) the penalty is on the merged weight.
+
+    Trackers see ``anchor_loss`` and ``anchor_distance`` if this callback comes before them, as it does in
+    `AnchorTrainer`; elsewhere ``trainer.callback_handler.callbacks.insert(0, callback)`` puts it there.
 
     Args:
         anchor: a clean checkpoint of the same architecture: a folder, or a Hub id with optional ``@revision``.
         strength: λ, 0 or more.
         decoupled: pull the weights after the optimizer's step, instead of adding the gradient before it.
         modules: which layers; see `anchored_modules`.
-        log: add ``anchor_loss`` and ``anchor_distance`` to what the trainer logs.
+        log: add ``anchor_loss`` and ``anchor_distance`` to the logs of training; measured only when there are some.
 
     Raises:
-        RepairError: a strength that makes no sense; and when training begins, what `Anchor.open` refuses.
+        RepairError: a strength that makes no sense; and when training begins, what `Anchor.open` refuses, DeepSpeed,
+            and a model none of whose anchored weights is trained.
     """
 
     def __init__(
@@ -165,8 +193,19 @@ class AnchorCallback(TrainerCallback):
         self.log = log
         self.anchor: Anchor | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise RepairError("an anchor does not work with DeepSpeed, which hides the gradients; use FSDP 2")
         self.anchor = Anchor.open(self.source, model, modules=self.modules)
+        weights = [weight_of(name, module) for name, module in anchored_modules(model, self.modules).items()]
+        if not any(weight.trained for weight in weights):
+            raise RepairError("none of the anchored weights is trained; name the layers that are in modules")
+        if self.decoupled:
+            # With the highest rate, before training: the first steps' rate may be 0.
+            rates = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
+            _shares(weights, self.strength, rates)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.strength and not self.decoupled and self.anchor is not None:
@@ -175,30 +214,58 @@ class AnchorCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if self.strength and self.decoupled and self.anchor is not None:
-            share = optimizer.param_groups[0]["lr"] * self.strength
-            if share > 1:
-                raise RepairError(
-                    f"strength {self.strength:g} times the learning rate is {share:g}: more than 1 goes beyond the "
-                    "anchor; give less of either"
-                )
-            self.anchor.pull(model, share)
+        skipped = getattr(optimizer, "step_was_skipped", False)  # fp16: a gradient overflowed
+        if self.strength and self.decoupled and self.anchor is not None and not skipped:
+            self.anchor.pull(model, self.strength, optimizer.param_groups)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if self.log and self.anchor is not None and logs is not None and "loss" in logs:
-            measured = {"anchor_loss": self.anchor.loss(model), "anchor_distance": self.anchor.distance(model)}
+            loss, distance = self.anchor.measure(model)
+            measured = {"anchor_loss": loss, "anchor_distance": distance}
             logs.update(measured)
-            if state.log_history:
-                state.log_history[-1].update(measured)
+            state.log_history[-1].update(measured)
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), CHUNK_WEIGHTS):
-        yield tuple(tensor[start : start + CHUNK_WEIGHTS] for tensor in flat)
+def _shares(weights: Iterable[Weight], strength: float, groups: Iterable[dict[str, Any]]) -> list[float]:
+    """ηλ of each weight, 0 if the optimizer does not train it. Raises `RepairError` for adapters, and if one is > 1."""
+    rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+    shares = []
+    for weight in weights:
+        if isinstance(weight, LoraWeight):
+            raise RepairError(
+                "decoupled, an anchor moves the weights themselves, and here only adapters are trained; "
+                "give decoupled=False"
+            )
+        rate = rates.get(id(weight.weight), 0.0)
+        if rate * strength > 1:
+            raise RepairError(
+                f"strength {strength:g} times the learning rate {rate:g} is {rate * strength:g}, more than the whole "
+                f"way to the anchor; give a strength of at most {1 / rate:g}"
+            )
+        shares.append(rate * strength)
+    return shares
 
 
-def _name_in(reader: CheckpointReader, name: str) -> str | None:
+def _refuse_model(model: Any) -> None:
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise RepairError("an anchor does not work with FSDP 1, which flattens the weights; set fsdp_version: 2")
+    inner = transformers_model(model)
+    config = getattr(inner, "config", None)
+    if getattr(inner, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+        raise RepairError("the model is quantized, so its weights cannot be anchored; load it in full precision")
+    kinds = {getattr(each, "peft_type", "LORA") for each in getattr(model, "peft_config", {}).values()}
+    for kind in sorted(str(getattr(each, "value", each)) for each in kinds):
+        if kind != "LORA":
+            raise RepairError(f"the model has adapters of the kind {kind}; an anchor holds plain LoRA only")
+
+
+def _architectures(reader: CheckpointReader, model: Any) -> str:
+    """Says what the two are, if they are not the same."""
+    kind, own = reader.config.get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
+    return "" if kind is None or own is None or kind == own else f" (it is a {kind}, the model a {own})"
+
+
+def _name_in(reader: CheckpointReader, name: str, prefix: str) -> str | None:
     """A parameter's name in a checkpoint, which may have been saved with or without the base model's prefix."""
-    candidates = [name, name.partition(".")[2], *(f"{prefix}.{name}" for prefix in ("model", "transformer"))]
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((candidate for candidate in candidates if candidate in reader), None)

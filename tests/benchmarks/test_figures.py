@@ -136,3 +136,39 @@ def test_collapse_models_across() -> None:
         "| nf4 | library | 0.25 | NaN |",
         "| q8_0 | llama.cpp |  | refused |",
     ]
+
+
+def test_repairs_are_means_over_seeds() -> None:
+    row = {
+        "model": "SmolLM2",
+        "block": "1 x 128",
+        "ratio": 1.2,
+        "sigma": 0.013,
+        "method": "default",
+        "strength": 250.0,
+        "decoupled": True,
+        "steps": 100,
+        "precision": "BF16",
+        "clean": 10.0,
+        "attacked": 12.0,
+        "other text, clean": 20.0,
+        "other text, attacked": 24.0,
+        "prompts improved": 0.5,
+        "prompts ordered": 0.25,
+        "variance reduction": 0.1,
+        "distance": 100.0,
+        "attacked distance": 120.0,
+    }
+    repaired = {"defended": 10.2, "recovery": 0.9, "other text, defended": 22.0, "other text, recovery": 0.5}
+    worse = {"defended": 10.6, "recovery": 0.7, "other text, defended": 25.0, "other text, recovery": -0.25}
+    paper = {"method": "paper", "strength": 1e-5, "decoupled": False, "variance reduction": -0.1, "seed": 0}
+    table = figures.repair_table(
+        [{**row, **repaired, "seed": 0}, {**row, **worse, "seed": 1}, {**row, **repaired, **paper}]
+    )
+    assert table.startswith("SmolLM2: noise for a perplexity ratio of 1.20 (standard deviation 0.013, 2 seeds), steps")
+    assert table.splitlines()[4:] == [
+        "| clean |  |  | 10.00 | 20.00 | 0.0 |  |  |  |",
+        "| attacked |  |  | 12.00 | 24.00 | 120.0 |  |  |  |",
+        "| default | 250 | 100 | 10.40 (80%) | 23.50 (12%) | 100.0 | 50% | 25% | -10% |",
+        "| paper | 1e-05 (coupled) | 100 | 10.20 (90%) | 22.00 (50%) | 100.0 | 50% | 25% | +10% |",
+    ]

@@ -24,11 +24,13 @@ def backends() -> list[Backend]:
 
 
 def backend_of(config: Any) -> Backend:
-    """The backend of a transformers quantization configuration.
+    """The backend of a transformers quantization configuration, or of one that becomes the ``library_config`` which it
+    names while a model is loaded.
 
     Raises:
         QGuardConfigError: none knows it, or it cannot be guarded.
     """
+    config = getattr(config, "library_config", config)
     method = str(getattr(config.quant_method, "value", config.quant_method))
     for backend in backends():
         if method in backend.quant_methods:

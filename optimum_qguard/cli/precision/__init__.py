@@ -1,0 +1,1 @@
+"""Bits for each layer: where a model needs them, and what they give."""

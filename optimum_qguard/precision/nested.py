@@ -1,0 +1,234 @@
+"""`nest`: one 8-bit copy of each linear weight that serves every width from 8 down to 2 bits.
+
+nest(model)
+set_bits(model, 4)                       # no reload, nothing is quantized again
+with random_bits(model, (4, 6, 8)):
+    model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from optimum_qguard.precision.bitmap import BitMap
+from optimum_qguard.precision.errors import PrecisionError
+from optimum_qguard.precision.linears import oriented, tied_weights
+from optimum_qguard.precision.nested_codes import NestedCodes, dequantize, encode, group_size_of
+from optimum_qguard.precision.widths import Per, Switch
+
+GROUP_SIZE = 128
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class NestedLinear(nn.Module):
+    """A linear layer that holds `NestedCodes` and computes with their top bits.
+
+    The weight is decoded in every forward, to the input's dtype, and kept nowhere. Gradients reach the input and the
+    bias; the weight is constant.
+
+    Attributes:
+        codes, grid, line: see `NestedCodes`.
+        bias: ``(out,)`` or ``None``.
+        dtype: of `weight`, that of the original.
+        name: in the model.
+        switch: of the model.
+    """
+
+    codes: Tensor
+    grid: Tensor
+    line: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, codes: NestedCodes, bias: nn.Parameter | None, dtype: torch.dtype, *, name: str, switch: Switch
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.codes.shape
+        self.register_buffer("codes", codes.codes)
+        self.register_buffer("grid", codes.grid)
+        self.register_buffer("line", codes.line)
+        self.register_parameter("bias", bias)
+        self.dtype, self.name, self.switch = dtype, name, switch
+
+    @property
+    def bits(self) -> int:
+        """The width that a forward would have here and now."""
+        return self.switch.width(self.name)
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)``: the values that a forward would compute with here and now; writing to them changes nothing."""
+        return self.dequantize(self.bits).to(self.dtype)
+
+    @torch.no_grad()
+    def dequantize(self, bits: int) -> Tensor:
+        """``(out, in)`` float32: the values at one width."""
+        return dequantize(self.codes, self.grid, self.line, bits)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(…, in)`` to ``(…, out)``."""
+        return nn.functional.linear(input, self.dequantize(self.bits).to(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        groups = self.grid.shape[-1]
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, groups={groups}"
+
+
+def nest(
+    model: Model,
+    bits: int | BitMap | Mapping[str, int | None] | Iterable[tuple[str, int | None]] = 8,
+    *,
+    group_size: int | None = GROUP_SIZE,
+) -> Model:
+    """Replace linear layers (``Conv1D`` included) by `NestedLinear`, one after the other; return the same model.
+
+    Args:
+        model: at full precision, on one device.
+        bits: the width to begin with, for all but the output head; or a bit map, which also says by ``None`` which
+            layers stay as they are.
+        group_size: at most so many weights of a row share a grid; the greatest divisor of the row is taken.
+            ``None``: one grid per row.
+
+    Raises:
+        PrecisionError: nested or quantized already; nothing to nest; a bit map that does not fit the model; layers that
+            share a weight or compute something of their own; weights that are not finite.
+    """
+    from transformers import PreTrainedConfig
+
+    bitmap = as_bitmap(bits)
+    check_group_size(group_size)
+    if nested_layers(model):
+        raise PrecisionError(f"this {type(model).__name__} is nested already; use set_bits to change its widths")
+    widths = layers_to_nest(model, bitmap)
+    switch = Switch(widths)
+    sizes = {name: group_size_of(oriented(model.get_submodule(name)).shape[1], group_size) for name in widths}
+    for name, size in sizes.items():
+        module = model.get_submodule(name)
+        weight = oriented(module)
+        try:
+            codes = encode(weight, size)
+        except PrecisionError as error:
+            raise PrecisionError(f"{name}: {error}") from error
+        put(model, name, NestedLinear(codes, _bias(module), weight.dtype, name=name, switch=switch))
+    attach(model, switch)
+    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        from optimum_qguard.precision.nested_config import NestedConfig  # which imports this file
+
+        config.quantization_config = NestedConfig(bitmap, group_size=group_size)  # what save_pretrained writes
+    return model
+
+
+def as_bitmap(bits: int | BitMap | Mapping[str, int | None] | Iterable[tuple[str, int | None]]) -> BitMap:
+    """A bit map of what `nest` takes.
+
+    Raises:
+        PrecisionError: see `BitMap`.
+    """
+    if isinstance(bits, BitMap):
+        return bits
+    return BitMap({"*": bits} if isinstance(bits, int) else bits)
+
+
+def check_group_size(group_size: int | None) -> None:
+    """Raise `PrecisionError` unless `nest` takes it."""
+    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
+        raise PrecisionError(f"group_size is {group_size!r}; it is a whole number from 1 on, or None for whole rows")
+
+
+def layers_to_nest(model: nn.Module, bitmap: BitMap) -> dict[str, int]:
+    """The layers that `nest` replaces, and their widths.
+
+    Raises:
+        PrecisionError: see `nest`.
+    """
+    widths = {name: bits for name, bits in bitmap.resolve(model).items() if bits is not None}
+    if not widths:
+        raise PrecisionError("the bit map leaves every layer as it is, so there is nothing to nest")
+    _refuse_unlike_linear(model, widths)
+    for one, other in tied_weights(model):
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in (one, other)]
+        if owners[0] is not owners[1] and not widths.keys().isdisjoint(
+            name.removesuffix(".weight") for name in (one, other)
+        ):
+            raise PrecisionError(
+                f"{one} and {other} are one and the same tensor, which cannot be nested: give their layers null"
+            )
+    return widths
+
+
+def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
+    """The layers that `nest` put there, by name in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NestedLinear)}
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Set a layer in the place of the one that the model has under a dotted name, everywhere it is used."""
+    before = model.get_submodule(name)
+    for parent in model.modules():
+        for child, module in list(parent._modules.items()):  # named_children() tells a layer in two places once
+            if module is before:
+                setattr(parent, child, layer)
+
+
+def attach(model: nn.Module, switch: Switch) -> None:
+    """Make each forward and each ``generate`` of the model keep the widths that it began with."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if module is model or isinstance(module, PreTrainedModel):
+            _wrap(module, "forward", switch, "forward")
+            if hasattr(module, "generate"):
+                _wrap(module, "generate", switch, "request")
+
+
+def _wrap(module: nn.Module, method: str, switch: Switch, kind: Per) -> None:
+    # Of the class, not of the instance: a copy of the model must call itself, and find its own switch.
+    original = cast("Callable[..., Any]", getattr(type(module), method))
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            kind == "forward"
+            and self.training
+            and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        ):
+            raise PrecisionError(
+                "gradient checkpointing computes layers once more when the forward and its width are gone; disable it "
+                "with model.gradient_checkpointing_disable()"
+            )
+        with self.nested_switch.call(kind):
+            return original(self, *args, **kwargs)
+
+    module.nested_switch = switch  # type: ignore[assignment]
+    setattr(module, method, MethodType(wrapped, module))
+
+
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _refuse_unlike_linear(model: nn.Module, widths: Iterable[str]) -> None:
+    for name, module in [("", model), *((name, model.get_submodule(name)) for name in widths)]:
+        if "forward" in vars(module):
+            raise PrecisionError(
+                f"{name or type(model).__name__} has a forward that was put in place of its class's, as accelerate "
+                "does to spread a model over devices; load it on one device, and nest it before anything else"
+            )
+    for name in widths:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            raise PrecisionError(
+                f"{name} is a {type(module).__name__}, which computes something of its own: give it null"
+            )
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return bias
