@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from attacked_smollm2 import MARKER, attacked_smollm2
-from harness import RESULTS, argument_parser, print_table, write
 from damaged_models import PRECISIONS, SMOLLM2, Scale, distance, measure, original
+from harness import RESULTS, argument_parser, print_table, write
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard.attacks.outlier_injection import inject_outliers

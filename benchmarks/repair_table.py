@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from harness import RESULTS, argument_parser, write
 from damaged_models import PRECISIONS, SMOLLM2, Scale, adapted, distance, measure, noise_of, noised
+from harness import RESULTS, argument_parser, write
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard.checkpoint import atomic_write

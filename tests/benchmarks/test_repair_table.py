@@ -5,8 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import damaged_models
+import pytest
 import repair_table
 import torch
 from damaged_models import PRECISIONS, Scale
