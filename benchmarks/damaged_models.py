@@ -67,12 +67,13 @@ class Scale:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Arguments of `repair_checkpoint` that all repairs share. Weights and optimizer are float32."""
+        """Arguments of `repair_checkpoint` that all repairs share. Weights and optimizer are float32, and so, on the CPU,
+        is everything: few CPUs compute in BF16."""
         return {
             "text": standard_library_text(TRAINING_CHARACTERS, "training"),
             "block_size": self.block_size,
             "accumulate": self.accumulate,
-            "dtype": "bfloat16",
+            "dtype": "float32" if self.device == "cpu" else "bfloat16",
             "checkpoint_every": 0,
             "device": "cpu" if self.device == "cpu" else None,
         }
@@ -103,7 +104,7 @@ def noised(model: str, scale: Scale, ratio: float, seed: int) -> Path:
         loaded = load_model(clean, dtype=torch.float32, device=scale.device)
 
         def measure(noisy: Any) -> float:
-            with torch.autocast(scale.device, torch.bfloat16):
+            with torch.autocast(scale.device, torch.bfloat16, enabled=scale.device != "cpu"):
                 return perplexity(noisy, load_tokenizer(clean), text(scale), max_tokens=scale.tokens)
 
         found = add_weight_noise(loaded, measure, ratio, seed=seed)
@@ -134,11 +135,15 @@ def other_text() -> str:
 
 
 def measure(folder: Path, scale: Scale, precisions: Sequence[str] = tuple(PRECISIONS)) -> dict[str, Any]:
-    """For each precision perplexity on the ``text`` and on the ``other text``; in the first also of the ``prompts``."""
+    """For each precision perplexity on the ``text`` and on the ``other text``; in the first also of the ``prompts``.
+
+    Precision is the weights'. On the CPU activations are float32.
+    """
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
     for precision in precisions:
         model = load_model(folder, PRECISIONS[precision], dtype=torch.bfloat16, device=scale.device)
+        model = model.float() if scale.device == "cpu" else model
         found[precision] = {
             "text": perplexity(model, tokenizer, text(scale), max_tokens=scale.tokens),
             "other text": perplexity(model, tokenizer, other_text(), max_tokens=scale.other_tokens),
