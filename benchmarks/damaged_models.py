@@ -67,8 +67,9 @@ class Scale:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Arguments of `repair_checkpoint` that all repairs share. Weights and optimizer are float32, and so, on the CPU,
-        is everything: few CPUs compute in BF16."""
+        """Arguments of `repair_checkpoint` that all repairs share. Weights and optimizer are float32.
+
+        On the CPU so is everything else: few have units for BF16."""
         return {
             "text": standard_library_text(TRAINING_CHARACTERS, "training"),
             "block_size": self.block_size,

@@ -49,9 +49,9 @@ class Method:
 NO_ANCHOR, DEFAULT = "no anchor", "default"
 # The paper's own strengths with a gradient, which its penalty never had.
 METHODS: Mapping[str, Method] = {
-    NO_ANCHOR: Method(None, (100, 250, 300, 400)),
-    DEFAULT: Method("clean", (50, 100, 250, 400)),
-    "anchor: attacked, guarded": Method("guarded", (100, 400)),
+    NO_ANCHOR: Method(None, (50, 100, 250)),
+    DEFAULT: Method("clean", (50, 100, 250)),
+    "anchor: attacked, guarded": Method("guarded", (100,)),
     "anchor: attacked": Method("attacked", (100,)),
     "paper, attempt 1": Method("clean", (250,), {"strength": 1e-5, "decoupled": False}),
     "paper, attempt 2": Method("clean", (300,), {"strength": 5e-6, "decoupled": False}),
@@ -59,7 +59,7 @@ METHODS: Mapping[str, Method] = {
 }
 MAIN = 1.20
 RATIOS = (MAIN, 1.10, 1.15)
-SHORTENED = {NO_ANCHOR: (400,), DEFAULT: (100, 400)}  # what other noises than the first are repaired with
+SHORTENED = {NO_ANCHOR: (100,), DEFAULT: (100,)}  # what other noises than the first are repaired with
 
 
 def main() -> None:

@@ -304,8 +304,8 @@ def _train(
 def _has_bf16_units(device: torch.device) -> bool:
     """Without them BF16 is converted to and fro, and four times slower than float32 on a CPU."""
     if device.type != "cpu":
-        return torch.cuda.is_bf16_supported()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch supported
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch supported
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
