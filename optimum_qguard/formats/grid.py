@@ -21,6 +21,8 @@ from torch import Tensor
 from optimum_qguard.formats.buckets import bucketize, neighbours
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS, Scratch
 
+_NO_LESS = 1 + 2**-22
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -82,6 +84,10 @@ class Grid:
         """What unbiased rounding multiplies values by, ``(n_blocks, 1)``: 1 / scale, or 0 for a block of zeros (or of
         numbers so small that 1 / scale overflows)."""
         inverse = 1 / (self.scale if self.decode_scale is None else self.decode_scale)
+        if self.keeps_extremes and self.is_uniform:
+            # Else the product of an extreme value may be a bit less than the end symbol, whose other neighbour would
+            # be drawn once in 2**16 times. What is beyond the end is clamped to it.
+            inverse = inverse * _NO_LESS
         return torch.where(inverse.isfinite(), inverse, 0)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -91,6 +91,19 @@ def test_stochastic_rounding(name: str, dtype: torch.dtype, data: st.DataObject,
     assert pair[0].share_changed == pair[1].share_changed
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("word", [-(2**15), 2**15 - 1])
+@pytest.mark.parametrize(("name", "dtype"), ROUNDED)
+def test_what_sets_the_scale_stays_whatever_is_drawn(
+    name: str, dtype: torch.dtype, word: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RandomStream, "words", lambda self, start, count: torch.full((count,), word, dtype=torch.int16))
+    format = get_format(name)
+    weight = (0.02 * torch.randn(1024, 128, generator=torch.Generator().manual_seed(0))).to(dtype)
+    drawn = draw_with(compiled, weight, format, "stochastic", 0, dtype).weight
+    assert torch.equal(format.grid(format.blocks(drawn)).scale, format.grid(format.blocks(weight)).scale)
+
+
 @pytest.mark.parametrize("method", ["gaussian", "uniform"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=10)
