@@ -29,7 +29,6 @@ from optimum_qguard.repair.recipe import Recipe
 WITHOUT, COUPLED, DECOUPLED, PAPER = "without", "coupled", "decoupled", "the paper's way"
 SIDES = (WITHOUT, COUPLED, DECOUPLED, PAPER)
 PAPER_STRENGTH = 1e-5
-LOGGED_EVERY = 10
 MEMORY_STEPS = 2
 
 
@@ -68,6 +67,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.paper: Paper | None = None
         self.way = ways[0]
         self.seconds: dict[str, list[float]] = {way: [] for way in ways}
+        self.cpu_seconds: dict[str, list[float]] = {way: [] for way in ways}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         for callback in self.holding.values():
@@ -78,7 +78,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         round_, turn = divmod(state.global_step, len(self._ways))
         self.way = self._ways[:: -1 if round_ % 2 else 1][turn]
-        self._begin = _now()
+        self._begin = _now(), time.process_time()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if self.way in self.holding:
@@ -89,7 +89,9 @@ class Turns(TrainerCallback):  # type: ignore[misc]
             self.holding[self.way].on_optimizer_step(args, state, control, **rest)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds[self.way].append(_now() - self._begin)
+        begin, cpu_begin = self._begin
+        self.seconds[self.way].append(_now() - begin)
+        self.cpu_seconds[self.way].append(time.process_time() - cpu_begin)
 
 
 class TurnsTrainer(Trainer):  # type: ignore[misc]
@@ -106,8 +108,10 @@ class TurnsTrainer(Trainer):  # type: ignore[misc]
         return loss
 
 
-def train(ways: tuple[str, ...], block_size: int, steps: int, device: str, model: Path, anchor: Path) -> Turns:
-    """Train for ``steps`` steps in each of the ways, in turn."""
+def train(
+    ways: tuple[str, ...], block_size: int, steps: int, device: str, model: Path, anchor: Path
+) -> tuple[Turns, Any]:
+    """Train for ``steps`` steps in each of the ways, in turn; return the times and the model."""
     disable_progress_bar()
     set_verbosity_error()
     recipe = Recipe()
@@ -137,27 +141,25 @@ def train(ways: tuple[str, ...], block_size: int, steps: int, device: str, model
         )
         dataset = Blocks(blocks, passes(len(blocks), n_examples, recipe.seed))
         TurnsTrainer(model=trained, args=arguments, train_dataset=dataset, turns=turns).train()
-    turns.model = trained
-    return turns
+    return turns, trained
 
 
 def rows_of(block_size: int, arguments: argparse.Namespace, model: Path, anchor: Path) -> list[dict[str, Any]]:
     """A row for each side."""
-    size = (block_size, arguments.device, model, anchor)
-    turns = train(SIDES, block_size, arguments.steps + 1, arguments.device, model, anchor)
-    timings = Timings({way: seconds[1:] for way, seconds in turns.seconds.items()})  # the first round warms up
-    logging = {way: _measuring(callback, turns.model) for way, callback in turns.holding.items()}
+    turns, trained = train(SIDES, block_size, arguments.steps + 1, arguments.device, model, anchor)
+    # The first round warms up.
+    timings = Timings({way: seconds[1:] for way, seconds in turns.seconds.items()})
+    cpu = Timings({way: seconds[1:] for way, seconds in turns.cpu_seconds.items()})
+    logging = {way: _measuring(callback, trained) for way, callback in turns.holding.items()}
     peaks: Mapping[str, Peak] = {
-        way: peak_memory(partial(_train_alone, way, *size), prepare=_prepare)
+        way: peak_memory(partial(_train_alone, way, block_size, arguments.device, model, anchor), prepare=_imports)
         for way in tqdm(SIDES, desc="Peak memory", disable=None)
     }
     rows = []
     for way in SIDES:
         row: dict[str, Any] = {"model": "SmolLM2-135M", "block": f"{Recipe().accumulate} x {block_size}", "anchor": way}
         row |= {"steps": arguments.steps, "step s": timings.median(way), "time ratio": timings.ratio(way, WITHOUT)}
-        row |= {"log s": logging.get(way)}
-        share = logging.get(way, 0.0) / LOGGED_EVERY / timings.median(WITHOUT)
-        row |= {"time ratio, logging": row["time ratio"] + share}
+        row |= {"CPU s": cpu.median(way), "CPU ratio": cpu.ratio(way, WITHOUT), "log CPU s": logging.get(way)}
         for kind, attribute in (("", "cuda"),) if arguments.device == "cuda" else _KINDS:
             mine, plain = (getattr(peaks[each], attribute) for each in (way, WITHOUT))
             row |= {f"peak{kind} MB": mine / 1e6, f"peak{kind} ratio": mine / plain}
@@ -169,13 +171,13 @@ _KINDS = ((", anonymous", "anonymous"), ("", "rss"))
 
 
 def _measuring(callback: AnchorCallback, model: Any) -> float:
-    """Seconds in which loss and distance are measured for the log."""
+    """CPU seconds in which loss and distance are measured for the log."""
     assert callback.anchor is not None
     seconds = []
     for _ in range(3):
-        begin = _now()
+        begin = time.process_time()
         callback.anchor.measure(model)
-        seconds.append(_now() - begin)
+        seconds.append(time.process_time() - begin)
     return median(seconds)
 
 
@@ -183,8 +185,9 @@ def _train_alone(way: str, block_size: int, device: str, model: Path, anchor: Pa
     train((way,), block_size, MEMORY_STEPS, device, model, anchor)
 
 
-def _prepare() -> None:
-    """What this module imports is loaded by now."""
+def _imports() -> None:
+    """What training would import on its way."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
 
 def _now() -> float:

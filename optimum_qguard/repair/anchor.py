@@ -93,8 +93,8 @@ class Anchor:
         return tuple(self.stored)
 
     def tensor(self, name: str) -> Tensor:
-        """The clean weight of a parameter, in the checkpoint's dtype: memory-mapped, or, for experts that the checkpoint
-        has one by one, put together."""
+        """The clean weight of a parameter, in the checkpoint's dtype: memory-mapped, or put together from experts that
+        the checkpoint has one by one."""
         return self.stored[name].tensor(partial(map_tensor, self.reader))
 
     @torch.no_grad()
@@ -283,9 +283,7 @@ def _check(reader: CheckpointReader, stored: Stored, shape: tuple[int, ...], sou
     else:
         # On the meta device, to see the shape without the values.
         try:
-            found = tuple(
-                stored.tensor(lambda name: torch.empty(reader.tensors[name].shape, device="meta")).shape
-            )
+            found = tuple(stored.tensor(lambda name: torch.empty(reader.tensors[name].shape, device="meta")).shape)
             which = f"{first} with those that belong to it"
         except RuntimeError as error:
             raise RepairError(

@@ -64,5 +64,7 @@ def merged_tensors(model: Any, reader: CheckpointReader, wanted: Collection[str]
     found = {}
     for target, matched in parts.items():
         names, patterns = zip(*matched, strict=True)
-        found[target] = Stored(names) if patterns[0] is None else Stored(names, target, by_pattern[patterns[0]], patterns)
+        found[target] = (
+            Stored(names) if patterns[0] is None else Stored(names, target, by_pattern[patterns[0]], patterns)
+        )
     return found
