@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -183,7 +184,6 @@ def test_trainer_tells_trackers(clean: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_adapters_get_the_merged_weights_gradient(kind: str, clean: Path, clean_gpt2: Path) -> None:
-    peft = pytest.importorskip("peft")
     base, source = (llama(), clean) if kind == "llama" else (gpt2(), clean_gpt2)
     targets = ["q_proj", "down_proj"] if kind == "llama" else ["c_attn", "c_fc"]
     config = peft.LoraConfig(
@@ -218,7 +218,6 @@ def test_adapters_get_the_merged_weights_gradient(kind: str, clean: Path, clean_
 
 
 def test_other_adapters_are_refused(clean: Path) -> None:
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(RepairError, match="of the kind DoraLinearVariant"):
         Anchor.open(clean, model)

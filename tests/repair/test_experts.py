@@ -86,7 +86,7 @@ def test_trained(kind: str, clean: Path, tmp_path: Path) -> None:
     train(plain, tmp_path)
     train(held, tmp_path, AnchorCallback(clean, strength=2.0, decoupled=True))
     anchor = Anchor.open(clean, held, modules=["experts"])
-    assert [name.rpartition(".")[2] for name in anchor.names] == ["gate_up_proj", "down_proj"]
+    assert sorted(name.rpartition(".")[2] for name in anchor.names) == ["down_proj", "gate_up_proj"]
     assert anchor.distance(held) == pytest.approx(0.9**4 * anchor.distance(MODELS[kind]()), rel=0.05)
     assert anchor.distance(plain) > 0.95 * anchor.distance(MODELS[kind]())
 
