@@ -1,5 +1,5 @@
-"""What a model card says, in its metadata, of what was done to a checkpoint: a summary of its ``qguard.json``, or of the
-``repair.json`` of one that was repaired."""
+"""What a model card says, in its metadata, of what was done to a checkpoint: a summary of its ``qguard.json``, or, if
+it was repaired, of its ``repair.json``."""
 
 from __future__ import annotations
 

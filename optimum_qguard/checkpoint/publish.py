@@ -75,8 +75,8 @@ def publish(
     """Upload a folder, as one commit or one pull request. The folder itself stays as it is.
 
     The repository's card is kept: the folder's sections, tags and metadata are put into it. The card says under
-    ``qguard`` what ``qguard.json`` or ``repair.json`` says, and is checked by the Hub before anything is uploaded. Hidden files and keys
-    are never uploaded, pickles only if asked for.
+    ``qguard`` what ``qguard.json`` or ``repair.json`` says, and is checked by the Hub before anything is uploaded.
+    Hidden files and keys are never uploaded, pickles only if asked for.
 
     Args:
         folder: what ``qguard guard``, ``encrypt`` or ``repair`` wrote, or a saved guarded model.
@@ -93,8 +93,8 @@ def publish(
         include_pickles: upload them too.
 
     Raises:
-        CheckpointError: the folder has no safetensors weights, or neither of those files; they do not belong together, it
-            holds a key; no token, no right to write, a card that the Hub refuses; no connection, or a commit by
+        CheckpointError: the folder has no safetensors weights or neither of those files, they do not belong together,
+            it holds a key; no token, no right to write, a card that the Hub refuses; no connection, or a commit by
             somebody else in the meantime.
     """
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token

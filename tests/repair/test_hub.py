@@ -50,7 +50,7 @@ def test_an_anchor_that_is_not_there(hub: HubServer, tmp_path: Path) -> None:
         train(llama(), tmp_path, AnchorCallback("org/missing", strength=1.0))
     assert "\n" not in str(caught.value)
     hub.add_repository("org/other", {"README.md": b"no weights"})
-    with pytest.raises((CheckpointError, RepairError), match="org--other|org/other"):
+    with pytest.raises((CheckpointError, RepairError), match=r"org--other|org/other"):
         train(llama(), tmp_path, AnchorCallback("org/other", strength=1.0))
 
 

@@ -50,7 +50,8 @@ def test_mixed_precision(clean: Path, tmp_path: Path) -> None:
     model, by_hand = llama(), llama()
     trained = train(model, tmp_path, AnchorCallback(clean, strength=STRENGTH), bf16=True)
     anchor = Anchor.open(clean, by_hand)
-    assert_same(model, stepped(by_hand, anchor, trained.get_train_dataloader(), bfloat16=True), 1e-5)
+    batches = list(trained.get_train_dataloader())[:4]
+    assert_same(model, stepped(by_hand, anchor, batches, bfloat16=True), 1e-5)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -88,10 +89,7 @@ def test_trl(clean: Path, tmp_path: Path) -> None:
 
     trainer = sft(model, AnchorCallback(clean, strength=STRENGTH))
     sft(plain)
-    batches = [
-        {name: batch[name] for name in ("input_ids", "labels")}
-        for _, batch in zip(range(4), trainer.get_train_dataloader(), strict=False)
-    ]
+    batches = [{name: batch[name] for name in ("input_ids", "labels")} for batch in trainer.get_train_dataloader()][:4]
     anchor = Anchor.open(clean, by_hand)
     assert_same(model, stepped(by_hand, anchor, batches))
     assert anchor.distance(model) < 0.99 * anchor.distance(plain)
