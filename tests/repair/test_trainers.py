@@ -92,7 +92,7 @@ def test_trl(clean: Path, tmp_path: Path) -> None:
     batches = [{name: batch[name] for name in ("input_ids", "labels")} for batch in trainer.get_train_dataloader()][:4]
     anchor = Anchor.open(clean, by_hand)
     assert_same(model, stepped(by_hand, anchor, batches))
-    assert anchor.distance(model) < 0.99 * anchor.distance(plain)
+    assert anchor.distance(model) < 0.995 * anchor.distance(plain)
     assert [entry["anchor_distance"] for entry in trainer.state.log_history if "loss" in entry][-1] == pytest.approx(
         anchor.distance(model)
     )
