@@ -36,14 +36,13 @@ class Paper:
     """The paper's anchor: a second state dict in memory, and a penalty on detached weights, which has no gradient."""
 
     def __init__(self, model: Any, anchor: Path) -> None:
-        clean = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32).state_dict()
-        self._clean = {name: clean[name] for name in anchored_layers(model)}
+        self._clean = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32).state_dict()
+        self._names = list(anchored_layers(model))
 
     def penalty(self, model: Any) -> torch.Tensor:
         """The mean over the anchored tensors of the mean squared distance."""
         squares = [
-            (model.get_parameter(name).detach().cpu().float() - clean).pow(2).mean()
-            for name, clean in self._clean.items()
+            (model.get_parameter(name).detach().cpu().float() - self._clean[name]).pow(2).mean() for name in self._names
         ]
         return torch.stack(squares).mean()
 

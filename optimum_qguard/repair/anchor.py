@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
 from optimum_qguard.checkpoint.mapped import map_tensor
@@ -267,7 +267,9 @@ def _stored(reader: CheckpointReader, model: Any, names: Collection[str]) -> dic
         if stored is not None:
             found[name] = Stored((stored,))
     missing = [name for name in names if name not in found]
-    return {**found, **merged_tensors(model, reader, missing)} if missing else found
+    if not missing or not isinstance(model, PreTrainedModel):
+        return found
+    return {**found, **merged_tensors(model, reader, missing)}
 
 
 def _check(reader: CheckpointReader, stored: Stored, shape: tuple[int, ...], source: str, architectures: str) -> None:
