@@ -85,7 +85,7 @@ class Anchor:
                     "model's tensors"
                 )
             _check(reader, stored[name], weight_of(name, layer).shape, str(source), _architectures(reader, inner))
-        return cls(reader, stored, tuple(modules))
+        return cls(reader, {name: stored[name] for name in layers}, tuple(modules))
 
     @property
     def names(self) -> tuple[str, ...]:
