@@ -1,8 +1,8 @@
-"""A process of a test: `AnchorTrainer` under accelerate's launcher, replicated (DDP) or sharded (FSDP 2).
+"""A process of a test: `AnchorTrainer` in several processes, replicated (DDP) or sharded (FSDP 2) by accelerate.
 
 Process 0 writes the weights and the distance that was logged last, of a coupled and of a decoupled anchor.
 
-    accelerate launch ... launched.py KIND ANCHOR OUT
+    torchrun ... launched.py KIND ANCHOR OUT
 """
 
 import sys
@@ -44,6 +44,7 @@ def main(kind: str, anchor: str, out: str) -> None:
             anchor_decoupled=decoupled,
             **(FSDP2 if kind == "fsdp2" else {}),
         )
+        assert trainer.accelerator.num_processes == 2
         named = dict(trainer.model_wrapped.named_parameters())
         assert all(isinstance(parameter, DTensor) == (kind == "fsdp2") for parameter in named.values())
         for name, parameter in named.items():

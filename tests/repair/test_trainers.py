@@ -102,8 +102,7 @@ def test_trl(clean: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_launched(kind: str, clean: Path, tmp_path: Path) -> None:
     """Two processes with one example each a step end with the weights of one process with two."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, HERE / "launched.py", kind, clean, tmp_path / "out.safetensors"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
