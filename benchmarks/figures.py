@@ -298,8 +298,26 @@ def _repaired(rows: Rows) -> str:
     return _markdown(head, body)
 
 
+def step_table(rows: Rows) -> str:
+    """What a step takes on each side, and how many times that without an anchor."""
+    kinds = {"anonymous memory": "peak, anonymous", "memory with mapped pages": "peak"}
+    kinds = {shown: column for shown, column in kinds.items() if f"{column} MB" in rows[0]}
+    body = [
+        [
+            row["block"],
+            row["anchor"],
+            f"{row['step s']:.2f} s ({row['time ratio']:.2f}x)",
+            f"{row['CPU s']:.2f} s ({row['CPU ratio']:.2f}x)",
+            *(f"{row[f'{column} MB']:.0f} MB ({row[f'{column} ratio']:.2f}x)" for column in kinds.values()),
+        ]
+        for row in rows
+    ]
+    return _markdown(["tokens of a step", "anchor", "time", "processor time", *kinds], body)
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "repair_table": repair_table,
+    "repair_step": step_table,
     "scan_accuracy": accuracy_table,
     "outliers": outliers_table,
     "collapse_matrix": collapse_table,

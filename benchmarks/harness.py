@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 Row = Mapping[str, object]
+
+_SECONDS_BETWEEN_LOOKS = 0.005
 
 _MEASURED_PACKAGES = (
     "optimum-qguard",
@@ -176,10 +179,13 @@ class Peak:
     Attributes:
         rss: main memory, pages of mapped files included.
         cuda: what torch had allocated on the current GPU; 0 without one.
+        anonymous: main memory without pages of mapped files, which the system can take back, as seen every few
+            milliseconds; 0 where the system does not tell.
     """
 
     rss: int
     cuda: int
+    anonymous: int
 
 
 def peak_memory(function: Callable[[], object], *, prepare: Callable[[], object] | None = None) -> Peak:
@@ -226,8 +232,9 @@ def _measure_peak(function: Callable[[], object], prepare: Callable[[], object] 
         prepare()
     before = _reset_peak_rss()
     cuda = _Cuda()
-    result = function()
-    sender.send(Peak(rss=_peak_rss() - before, cuda=cuda.peak()))
+    with _Anonymous() as anonymous:
+        result = function()
+    sender.send(Peak(rss=_peak_rss() - before, cuda=cuda.peak(), anonymous=anonymous.peak))
     del result
 
 
@@ -241,11 +248,38 @@ def _reset_peak_rss() -> int:
 
 def _peak_rss() -> int:
     # Not ru_maxrss on Linux: a new process starts with its parent's.
+    return _memory("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _memory(field: str) -> int:
+    """What Linux says of this process, in bytes; 0 on other systems."""
     status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+class _Anonymous(threading.Thread):
+    """Watches this process's anonymous memory; ``peak`` is the most over what there was at first."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._done = threading.Event()
+
+    def __enter__(self) -> _Anonymous:
+        self._before = _memory("RssAnon:")
+        self.peak = 0
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, _memory("RssAnon:") - self._before)
+            if self._done.wait(_SECONDS_BETWEEN_LOOKS):
+                return
 
 
 class _Cuda:

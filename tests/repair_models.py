@@ -66,12 +66,12 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_damaged(clean: Path, folder: Path, sigma: float = 0.02, seed: int = 1) -> Path:
-    """The same with noise on its linear weights."""
+    """The same with noise on its linear weights and experts."""
     model = transformers.AutoModelForCausalLM.from_pretrained(clean, dtype="auto")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "emb" not in name and "head" not in name and "wte" not in name:
+            if weight.ndim >= 2 and "emb" not in name and "head" not in name and "wte" not in name:
                 weight += sigma * torch.randn(weight.shape, generator=generator).to(weight.dtype)
     model.save_pretrained(folder)
     for file in clean.iterdir():

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say."""
 
 import json
+import mmap
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,11 @@ def hold_and_release(mebibytes: int) -> None:
     hold(mebibytes)
 
 
+def map_file(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return sum(mapped[start] for start in range(0, len(mapped), 4096))
+
+
 def fail() -> None:
     raise RuntimeError("no measurement")
 
@@ -32,6 +38,15 @@ def test_peak_memory_is_what_the_call_held_at_most(function) -> None:
     assert len(parent) == 300 * MIB
     assert 120 * MIB < peak.rss < 140 * MIB
     assert peak.cuda == 0
+
+
+def test_pages_of_mapped_files_are_not_anonymous(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * (128 * MIB))
+    mapped = harness.peak_memory(partial(map_file, tmp_path / "file"))
+    held = harness.peak_memory(partial(hold, 128))
+    assert mapped.rss > 120 * MIB
+    assert mapped.anonymous < 10 * MIB
+    assert 120 * MIB < held.anonymous < 140 * MIB
 
 
 def test_peak_memory_of_a_failing_function() -> None:

@@ -1,5 +1,5 @@
-"""Uploads a folder that a verb wrote to the Hub, in one commit: weights, ``qguard.json``, and a card that is merged
-with the one that is there."""
+"""Uploads a folder that a verb wrote to the Hub, in one commit: weights, ``qguard.json`` or ``repair.json``, and a card
+that is merged with the one that is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from optimum_qguard.checkpoint.card import CARD_FILE, described_card, merged_cards
-from optimum_qguard.checkpoint.description import BLOCK_KEY, described_block, described_metadata, read_description
+from optimum_qguard.checkpoint.description import (
+    BLOCK_KEY,
+    described_block,
+    described_metadata,
+    description_file,
+    read_description,
+)
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import http_errors, hub_problem, looks_like_hub_id
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE
@@ -69,11 +75,11 @@ def publish(
     """Upload a folder, as one commit or one pull request. The folder itself stays as it is.
 
     The repository's card is kept: the folder's sections, tags and metadata are put into it. The card says under
-    ``qguard`` what ``qguard.json`` says, and is checked by the Hub before anything is uploaded. Hidden files and keys
-    are never uploaded, pickles only if asked for.
+    ``qguard`` what ``qguard.json`` or ``repair.json`` says, and is checked by the Hub before anything is uploaded.
+    Hidden files and keys are never uploaded, pickles only if asked for.
 
     Args:
-        folder: what ``qguard guard`` or ``qguard encrypt`` wrote, or a saved guarded model.
+        folder: what ``qguard guard``, ``encrypt`` or ``repair`` wrote, or a saved guarded model.
         repo_id: ``name`` or ``org/name``; made if missing.
         private: whether a new repository is private. ``True`` with one that is there and public is an error.
         create_pr: open a pull request instead of writing to the repository.
@@ -82,13 +88,13 @@ def publish(
         commit_description: its text.
         token: as in huggingface_hub; by default ``HF_TOKEN`` or that of ``hf auth login``.
         tags: for the card, beside those of the folder's.
-        block: what the card says under ``qguard`` beside what ``qguard.json`` says.
+        block: what the card says under ``qguard`` beside that.
         results: for ``model-index`` in the card.
         include_pickles: upload them too.
 
     Raises:
-        CheckpointError: the folder has no safetensors weights or no ``qguard.json``, they do not belong together, it
-            holds a key; no token, no right to write, a card that the Hub refuses; no connection, or a commit by
+        CheckpointError: the folder has no safetensors weights or neither of those files, they do not belong together,
+            it holds a key; no token, no right to write, a card that the Hub refuses; no connection, or a commit by
             somebody else in the meantime.
     """
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -106,7 +112,7 @@ def publish(
         said = described_block(description) | dict(block or {})
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST_FILE}: was changed or damaged ({type(error).__name__}: {error}); write it again"
+            f"{description_file(folder)}: was changed or damaged ({type(error).__name__}: {error}); write it again"
         ) from error
     try:
         if "/" not in repo_id:

@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="The folder that guard or encrypt wrote.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder that guard, encrypt or repair wrote.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Made if missing.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,

@@ -10,10 +10,10 @@ from optimum_qguard.hub.card import collapse_results, read_collapse
 
 
 def push(folder: str | Path, repo_id: str, *, collapse: str | Path | None = None, **options: Any) -> Published:
-    """Upload a folder to the Hub as one commit: weights, ``qguard.json``, and its card merged with the one there.
+    """Upload a folder to the Hub as one commit, its card merged with the one there.
 
     Args:
-        folder: what ``qguard guard`` or ``qguard encrypt`` wrote, or a saved guarded model.
+        folder: what ``qguard guard``, ``encrypt`` or ``repair`` wrote, or a saved guarded model.
         repo_id: ``name`` or ``org/name``; made if missing.
         collapse: a file that ``qguard collapse --json`` printed, whose figures go into the card as ``model-index``
             results.

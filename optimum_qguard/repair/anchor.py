@@ -14,19 +14,22 @@ Source: METHODS section 6; Loshchilov and Hutter, Decoupled Weight Decay Regular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
+from optimum_qguard.checkpoint.mapped import map_tensor
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.repair.errors import RepairError
-from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_modules, transformers_model
+from optimum_qguard.repair.merged import Stored, merged_tensors
+from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_layers, transformers_model
 from optimum_qguard.repair.weights import LoraWeight, PlainWeight, Weight, reduce_squares, weight_of
 
 __all__ = ["DEFAULT_MODULES", "Anchor", "AnchorCallback"]
@@ -44,12 +47,12 @@ class Anchor:
 
     Attributes:
         reader: the checkpoint.
-        stored: by the name of each anchored parameter in the model, its name in the checkpoint.
+        stored: by the name of each anchored parameter in the model, where it is in the checkpoint.
         modules: the patterns that chose them.
     """
 
     reader: CheckpointReader
-    stored: dict[str, str]
+    stored: dict[str, Stored]
     modules: tuple[str, ...]
 
     @classmethod
@@ -73,29 +76,16 @@ class Anchor:
             raise RepairError(f"{source}: is quantized, so it cannot be an anchor; name its full-precision original")
         _refuse_model(model)
         inner = transformers_model(model)
-        stored = {}
-        for name, module in anchored_modules(model, modules).items():
-            parameter = f"{name}.weight"
-            found = _name_in(reader, parameter, getattr(inner, "base_model_prefix", ""))
-            if found is None:
+        layers = anchored_layers(model, modules)
+        stored = _stored(reader, inner, layers)
+        for name, layer in layers.items():
+            if name not in stored:
                 raise RepairError(
-                    f"{source}: has no tensor {parameter}{_architectures(reader, inner)}; an anchor has all of the "
+                    f"{source}: has no tensor {name}{_architectures(reader, inner)}; an anchor has all of the "
                     "model's tensors"
                 )
-            info, shape = reader.tensors[found], weight_of(name, module).shape
-            if tuple(info.shape) != shape:
-                raise RepairError(
-                    f"{source}: {found} is {tuple(info.shape)}, and the model's is {shape}"
-                    f"{_architectures(reader, inner)}; an anchor has the model's shapes"
-                )
-            if info.dtype not in _DTYPES:
-                raise RepairError(f"{source}: {found} is {info.dtype}; an anchor's weights are floating-point numbers")
-            if not all(
-                bool(piece.isfinite().all()) for piece in torch.split(reader.read(found).view(-1), CHUNK_WEIGHTS)
-            ):
-                raise RepairError(f"{source}: {found} has values that are NaN or infinite; name another anchor")
-            stored[parameter] = found
-        return cls(reader, stored, tuple(modules))
+            _check(reader, stored[name], weight_of(name, layer).shape, str(source), _architectures(reader, inner))
+        return cls(reader, {name: stored[name] for name in layers}, tuple(modules))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,8 +93,9 @@ class Anchor:
         return tuple(self.stored)
 
     def tensor(self, name: str) -> Tensor:
-        """The clean weight of a parameter, memory-mapped, in the checkpoint's dtype."""
-        return self.reader.read(self.stored[name])
+        """The clean weight of a parameter, in the checkpoint's dtype: memory-mapped, or put together from experts that
+        the checkpoint has one by one."""
+        return self.stored[name].tensor(partial(map_tensor, self.reader))
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module, strength: float) -> None:
@@ -147,8 +138,8 @@ class Anchor:
         return math.fsum(means) / len(squares), math.sqrt(math.fsum(squares))
 
     def _weights(self, model: nn.Module) -> Iterator[tuple[str, Weight]]:
-        for name, module in anchored_modules(model, self.modules).items():
-            yield f"{name}.weight", weight_of(name, module)
+        for name, layer in anchored_layers(model, self.modules).items():
+            yield name, weight_of(name, layer)
 
 
 class AnchorCallback(TrainerCallback):  # type: ignore[misc]
@@ -167,7 +158,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
         anchor: a clean checkpoint of the same architecture: a folder, or a Hub id with optional ``@revision``.
         strength: λ, 0 or more.
         decoupled: pull the weights after the optimizer's step, instead of adding the gradient before it.
-        modules: which layers; see `anchored_modules`.
+        modules: which layers; see `anchored_layers`.
         log: add ``anchor_loss`` and ``anchor_distance`` to the logs of training; measured only when there are some.
 
     Raises:
@@ -199,7 +190,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise RepairError("an anchor does not work with DeepSpeed, which hides the gradients; use FSDP 2")
         self.anchor = Anchor.open(self.source, model, modules=self.modules)
-        weights = [weight_of(name, module) for name, module in anchored_modules(model, self.modules).items()]
+        weights = [weight_of(name, layer) for name, layer in anchored_layers(model, self.modules).items()]
         if not any(weight.trained for weight in weights):
             raise RepairError("none of the anchored weights is trained; name the layers that are in modules")
         if self.decoupled:
@@ -265,7 +256,46 @@ def _architectures(reader: CheckpointReader, model: Any) -> str:
     return "" if kind is None or own is None or kind == own else f" (it is a {kind}, the model a {own})"
 
 
-def _name_in(reader: CheckpointReader, name: str, prefix: str) -> str | None:
-    """A parameter's name in a checkpoint, which may have been saved with or without the base model's prefix."""
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((candidate for candidate in candidates if candidate in reader), None)
+def _stored(reader: CheckpointReader, model: Any, names: Collection[str]) -> dict[str, Stored]:
+    """Where the model's parameters are in a checkpoint, as far as they are there: under their own names, with or
+    without the base model's prefix, or as transformers would make them while loading."""
+    prefix = getattr(model, "base_model_prefix", "")
+    found = {}
+    for name in names:
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        stored = next((candidate for candidate in candidates if candidate in reader), None)
+        if stored is not None:
+            found[name] = Stored((stored,))
+    missing = [name for name in names if name not in found]
+    if not missing or not isinstance(model, PreTrainedModel):
+        return found
+    return {**found, **merged_tensors(model, reader, missing)}
+
+
+def _check(reader: CheckpointReader, stored: Stored, shape: tuple[int, ...], source: str, architectures: str) -> None:
+    """Raise `RepairError` unless a weight of this shape, of finite floating-point numbers, is there."""
+    first = stored.names[0]
+    for name in stored.names:
+        if reader.tensors[name].dtype not in _DTYPES:
+            dtype = reader.tensors[name].dtype
+            raise RepairError(f"{source}: {name} is {dtype}; an anchor's weights are floating-point numbers")
+    if stored.converter is None:
+        found = tuple(reader.tensors[first].shape)
+        which = first
+    else:
+        # On the meta device, to see the shape without the values.
+        try:
+            found = tuple(stored.tensor(lambda name: torch.empty(reader.tensors[name].shape, device="meta")).shape)
+            which = f"{first} with those that belong to it"
+        except RuntimeError as error:
+            raise RepairError(
+                f"{source}: {first} and those that belong to it do not go together ({error}); name another anchor"
+            ) from error
+    if found != shape:
+        raise RepairError(
+            f"{source}: {which} is {found}, and the model's is {shape}{architectures}; an anchor has the model's shapes"
+        )
+    for name in stored.names:
+        values = map_tensor(reader, name).view(-1)
+        if not all(bool(piece.isfinite().all()) for piece in torch.split(values, CHUNK_WEIGHTS)):
+            raise RepairError(f"{source}: {name} has values that are NaN or infinite; name another anchor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,34 +16,54 @@ DEFAULT_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 of its base model."""
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+_LINEAR = "weight"
+# Two matrices in one: by each of their names.
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def anchored_modules(model: nn.Module, modules: Sequence[str] = DEFAULT_MODULES) -> dict[str, nn.Module]:
-    """The linear layers that patterns name, by their names in the model of transformers.
+@dataclass(frozen=True)
+class Layer:
+    """What holds one weight: a linear layer, or the experts of a layer in one tensor.
+
+    Attributes:
+        module: of torch or transformers (``Linear``, ``Conv1D``, experts), or peft's around it.
+        parameter: the weight's name in it.
+    """
+
+    module: nn.Module
+    parameter: str = _LINEAR
+
+
+def anchored_layers(model: nn.Module, modules: Sequence[str] = DEFAULT_MODULES) -> dict[str, Layer]:
+    """The layers that patterns name, by the names of their weights in the model of transformers.
 
     Args:
         model: any model of transformers, also wrapped by peft, torch.compile, DistributedDataParallel or FSDP 2.
-        modules: a pattern is a component of a module's dotted name (``"q_proj"``), or, with ``*``, ``?`` or ``[``, what
-            the whole name must match (``"model.layers.0.*"``). What is matched are linear layers, but the output head.
-
-    Returns:
-        Layers of torch or transformers (``Conv1D``), or peft's around them.
+        modules: a pattern is a component of a layer's dotted name (``"q_proj"``), or, with ``*``, ``?`` or ``[``, what
+            the whole name must match (``"model.layers.0.*"``). What is matched are linear layers, but the output head,
+            and tensors in which transformers holds a layer's experts: ``experts.down_proj``, and
+            ``experts.gate_up_proj``, which is matched by ``"gate_proj"`` and by ``"up_proj"`` too, as a whole.
 
     Raises:
-        RepairError: a pattern that no linear layer matches.
+        RepairError: a pattern that no layer matches.
     """
     inner = transformers_model(model)
-    linear = dict(_linear_layers(inner))
-    counts = {pattern: sum(_matches(pattern, name) for name in linear) for pattern in modules}
+    layers = dict(_layers(inner))
+    names = {weight: _names(weight) for weight in layers}
+    counts = {pattern: sum(_matches(pattern, each) for each in names.values()) for pattern in modules}
     if all(counts.values()):
-        found = {name: layer for name, layer in linear.items() if any(_matches(pattern, name) for pattern in modules)}
+        found = {
+            weight: layer
+            for weight, layer in layers.items()
+            if any(_matches(pattern, names[weight]) for pattern in modules)
+        }
     elif tuple(modules) == DEFAULT_MODULES:
         prefix = getattr(inner, "base_model_prefix", "")
         base = f"{prefix}." if prefix and hasattr(inner, prefix) else ""
-        found = {name: layer for name, layer in linear.items() if name.startswith(base)}
+        found = {weight: layer for weight, layer in layers.items() if weight.startswith(base)}
     else:
         missing = next(pattern for pattern, count in counts.items() if count == 0)
-        example = next(iter(linear), "q_proj").rpartition(".")[2]
+        example = next(iter(names.values()), ("q_proj",))[0].rpartition(".")[2]
         raise RepairError(
             f"no linear layer matches {missing!r}; give a part of a layer's name, such as {example!r}, or a pattern "
             "with * for the whole name"
@@ -66,7 +87,7 @@ def transformers_model(model: nn.Module) -> Any:
             return inner
 
 
-def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -74,12 +95,26 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
         parts = [part for part in full_name.split(".") if part not in _WRAPPERS]
         if parts[-1] == "base_layer" or any(part.startswith("lora_") for part in parts):
             continue
-        base = getattr(module, "base_layer", module)
-        if isinstance(base, (nn.Linear, Conv1D)) and module is not output and base is not output:
-            yield ".".join(parts), module
+        name, base = ".".join(parts), module
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        if isinstance(base, (nn.Linear, Conv1D)):
+            if module is not output and base is not output:
+                yield f"{name}.{_LINEAR}", Layer(module)
+        elif "Experts" in type(base).__name__:
+            for parameter, weight in base.named_parameters(recurse=False):
+                if weight.ndim == 3:
+                    yield f"{name}.{parameter}", Layer(module, parameter)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _names(weight: str) -> tuple[str, ...]:
+    """What patterns may call the layer that has a weight."""
+    name = weight.removesuffix(f".{_LINEAR}")
+    before, _, last = name.rpartition(".")
+    return (name, *(f"{before}.{each}" for each in _FUSED.get(last, ())))
+
+
+def _matches(pattern: str, names: tuple[str, ...]) -> bool:
     if any(sign in pattern for sign in "*?["):
-        return fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."
+        return any(fnmatchcase(name, pattern) for name in names)
+    return any(f".{pattern}." in f".{name}." for name in names)

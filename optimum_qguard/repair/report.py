@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint import atomic_write, merge_card
+from optimum_qguard.checkpoint.description import REPAIR_FILE as REPORT_FILE
 from optimum_qguard.repair.recipe import Recipe
 
-REPORT_FILE = "repair.json"
 TAGS = ("repaired", "qguard")
 
 

@@ -15,15 +15,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS, Scratch
 from optimum_qguard.repair.errors import RepairError
+from optimum_qguard.repair.modules import Layer
 
 _CHUNK_ON_ACCELERATOR = 1 << 24
 
 
 class PlainWeight:
-    """The weight of a linear layer."""
+    """The weight of a linear layer, or of experts."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.weight: Any = module.weight
+    def __init__(self, module: nn.Module, parameter: str = "weight") -> None:
+        self.weight: Any = getattr(module, parameter)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,19 +145,23 @@ class LoraWeight:
 Weight = PlainWeight | LoraWeight
 
 
-def weight_of(name: str, module: nn.Module) -> Weight:
-    """The weight of a linear layer, with or without adapters.
+def weight_of(name: str, layer: Layer) -> Weight:
+    """The weight of a layer, with or without adapters.
 
     Raises:
-        RepairError: adapters that are not LoRA; a weight that is quantized, or sharded in a way that is not FSDP 2's.
+        RepairError: adapters that are not LoRA on a linear layer; a weight that is sharded in a way that is not
+            FSDP 2's.
     """
+    module = layer.module
     if not hasattr(module, "base_layer"):
-        weight = PlainWeight(module)
+        weight = PlainWeight(module, layer.parameter)
         if isinstance(weight.weight, DTensor) and not all(
             type(placement) in (Shard, Replicate) for placement in weight.weight.placements
         ):
             raise RepairError(f"{name}: is placed as {weight.weight.placements}; an anchor knows plain shards only")
         return weight
+    if type(module).__name__ == "ParamWrapper":
+        raise RepairError(f"{name}: has adapters on experts; an anchor holds LoRA on linear layers only")
     if not hasattr(module, "lora_A"):
         raise RepairError(f"{name}: has adapters of the kind {type(module).__name__}; an anchor holds plain LoRA only")
     return LoraWeight(name, module)

@@ -172,3 +172,18 @@ def test_repairs_are_means_over_seeds() -> None:
         "| default | 250 | 100 | 10.40 (80%) | 23.50 (12%) | 100.0 | 50% | 25% | -10% |",
         "| paper | 1e-05 (coupled) | 100 | 10.20 (90%) | 22.00 (50%) | 100.0 | 50% | 25% | +10% |",
     ]
+
+
+def test_steps_beside_those_without_an_anchor() -> None:
+    row = {"block": "2 x 128", "step s": 4.0, "time ratio": 1.0, "CPU s": 3.9, "CPU ratio": 1.0}
+    memory = {"peak, anonymous MB": 2500.4, "peak, anonymous ratio": 1.0, "peak MB": 2600.0, "peak ratio": 1.0}
+    held = {"anchor": "coupled", "step s": 4.123, "time ratio": 1.0312, "CPU ratio": 1.02, "peak MB": 2626.0}
+    table = figures.step_table([{**row, **memory, "anchor": "without"}, {**row, **memory, **held, "peak ratio": 1.01}])
+    assert table.splitlines()[2:] == [
+        "| 2 x 128 | without | 4.00 s (1.00x) | 3.90 s (1.00x) | 2500 MB (1.00x) | 2600 MB (1.00x) |",
+        "| 2 x 128 | coupled | 4.12 s (1.03x) | 3.90 s (1.02x) | 2500 MB (1.00x) | 2626 MB (1.01x) |",
+    ]
+    without_kinds = {**row, "anchor": "without", "peak MB": 2600.0, "peak ratio": 1.0}
+    assert "| tokens of a step | anchor | time | processor time | memory with mapped pages |" in figures.step_table(
+        [without_kinds]
+    )

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
+from repair_models import save_clean, save_damaged, words
 
-from optimum_qguard import Key, encrypt_checkpoint
+from optimum_qguard import Key, encrypt_checkpoint, repair_checkpoint
 
 
 @pytest.fixture
@@ -55,6 +56,27 @@ def test_errors_are_one_line(
     assert result.err.startswith("qguard: ")
     assert result.err.count("\n") == 1
     assert message in result.err
+
+
+def test_a_repaired_model(hub: HubServer, qguard: Callable[..., Any], tmp_path: Path) -> None:
+    """Where it came from is not told if that was a folder; a repair.json that is damaged is one line."""
+    clean = save_clean("llama", tmp_path / "clean")
+    damaged = save_damaged(clean, tmp_path / "damaged")
+    options: dict[str, Any] = {"text": words(200), "steps": 1, "block_size": 32, "device": "cpu"}
+    repair_checkpoint(damaged, tmp_path / "out", anchor=clean, checkpoint_every=0, **options)
+    result = qguard("push", tmp_path / "out", "org/repaired")
+    assert (result.code, result.err) == (0, "")
+    card = hub.files("org/repaired")["README.md"].decode()
+    assert "## Repaired" in card
+    assert str(tmp_path) not in card
+    for content in ("{", "[]", '{"schema_version": 1}'):
+        (tmp_path / "out" / "repair.json").write_text(content)
+        result = qguard("push", tmp_path / "out", "org/repaired")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "repair.json: " in result.err
+        assert "write" in result.err
+    (tmp_path / "out" / "repair.json").unlink()
+    assert "has no qguard.json or repair.json" in qguard("push", tmp_path / "out", "org/repaired").err
 
 
 _IN_ONE_PROCESS = """

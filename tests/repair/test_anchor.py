@@ -1,9 +1,13 @@
 """The anchor's gradient is that of its loss, for weights, adapters and shards; and what it refuses."""
 
+import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -164,6 +168,17 @@ def test_decoupled_shrinks_the_distance_by_its_factor(dtype: torch.dtype, clean:
     assert anchor.distance(model) == pytest.approx(before * (1 - 0.1 * 2.0) ** 5, rel=tolerance)
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_overflowed_in_fp16_pulls_nothing(skipped: bool, clean: Path) -> None:
+    model, callback = llama(), AnchorCallback(clean, strength=2.0, decoupled=True)
+    groups = [{"params": list(model.parameters()), "lr": 0.1}]
+    optimizer = SimpleNamespace(param_groups=groups, step_was_skipped=skipped)
+    callback.on_train_begin(SimpleNamespace(), None, None, model=model, optimizer=optimizer)
+    callback.on_optimizer_step(SimpleNamespace(), None, None, model=model, optimizer=optimizer)
+    same = [torch.equal(a, b) for a, b in zip(model.parameters(), llama().parameters(), strict=True)]
+    assert all(same) == skipped
+
+
 def test_trainer_tells_trackers(clean: Path, tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
@@ -183,7 +198,6 @@ def test_trainer_tells_trackers(clean: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_adapters_get_the_merged_weights_gradient(kind: str, clean: Path, clean_gpt2: Path) -> None:
-    peft = pytest.importorskip("peft")
     base, source = (llama(), clean) if kind == "llama" else (gpt2(), clean_gpt2)
     targets = ["q_proj", "down_proj"] if kind == "llama" else ["c_attn", "c_fc"]
     config = peft.LoraConfig(
@@ -218,7 +232,6 @@ def test_adapters_get_the_merged_weights_gradient(kind: str, clean: Path, clean_
 
 
 def test_other_adapters_are_refused(clean: Path) -> None:
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(RepairError, match="of the kind DoraLinearVariant"):
         Anchor.open(clean, model)
@@ -255,6 +268,14 @@ def test_bad_input(clean: Path, clean_gpt2: Path, tmp_path: Path) -> None:
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(RepairError, match="the model is quantized"):
         Anchor.open(clean, model)
+    with pytest.raises(RepairError, match="does not work with DeepSpeed"):
+        AnchorCallback(clean, strength=1.0).on_train_begin(SimpleNamespace(deepspeed_plugin=object()), None, None)
+    shutil.copytree(clean, tmp_path / "quantized")
+    config = json.loads((clean / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RepairError, match="is quantized, so it cannot be an anchor; name its full-precision original"):
+        Anchor.open(tmp_path / "quantized", llama())
     llama(1).save_pretrained(tmp_path / "broken")
     tensors = load_file(tmp_path / "broken/model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
