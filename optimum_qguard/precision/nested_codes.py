@@ -69,18 +69,18 @@ def tiles(codes: Tensor, grid: Tensor, line: Tensor, bits: int) -> Iterator[Tens
 
 
 def _slope_and_start(grid: Tensor, line: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """``(out, groups, 1)`` each: values are ``start + slope · symbol``."""
-    dropped = MAXIMUM - bits
+    """``(out, groups, 1)`` each: values are ``start + slope · code``, with zeros for the lowest bits of the code."""
     origin, scale = grid.view(torch.bfloat16).float().unsqueeze(-1)
-    gain, shift = line[dropped].view(torch.bfloat16).float()[:, :, None, None]
+    gain, shift = line[MAXIMUM - bits].view(torch.bfloat16).float()[:, :, None, None]
     slope = 1 + gain
-    return scale * (slope * 2**dropped), torch.addcmul(origin, scale, slope * (2**dropped / 2 - _MIDDLE) + shift + _MIDDLE)
+    middle = 2 ** (MAXIMUM - bits) / 2
+    return scale * slope, torch.addcmul(origin, scale, slope * (middle - _MIDDLE) + shift + _MIDDLE)
 
 
 def _decoded(codes: Tensor, bits: int, slope: Tensor, start: Tensor) -> Tensor:
-    symbols = codes if bits == MAXIMUM else codes >> (MAXIMUM - bits)
+    kept = codes if bits == MAXIMUM else codes & (_CELLS - 2 ** (MAXIMUM - bits))
     # In place: fresh memory would cost more than the arithmetic.
-    return symbols.view(*slope.shape[:2], -1).float().mul_(slope).add_(start).view(codes.shape)
+    return kept.view(*slope.shape[:2], -1).float().mul_(slope).add_(start).view(codes.shape)
 
 
 def group_size_of(columns: int, group_size: int | None) -> int:
