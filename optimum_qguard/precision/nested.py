@@ -83,7 +83,7 @@ class NestedLinear(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """``input @ weight.T + bias`` with a weight that is decoded a few rows at a time."""
+    """``input @ weight.T + bias`` with a weight that is decoded a few rows at a time, and again in the backward."""
 
     @staticmethod
     def forward(
@@ -104,11 +104,8 @@ class _Linear(torch.autograd.Function):
         gradient = gradients[0].to(context.dtype)
         of_input = of_bias = None
         if context.needs_input_grad[0]:
-            row = 0
-            for tile in tiles(*context.saved_tensors, context.bits):
-                part = gradient[..., row : row + len(tile)] @ tile.to(context.dtype)
-                of_input = part if of_input is None else of_input + part
-                row += len(tile)
+            # As a whole: sums over tiles would be rounded once for each of them.
+            of_input = gradient @ dequantize(*context.saved_tensors, context.bits).to(context.dtype)
         if context.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_input, of_bias, None, None, None, None

@@ -17,7 +17,7 @@ PAGE = Path(optimum_qguard.__file__).parent.parent / "docs" / "precision.md"
 def test_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)  # so that "org/model" is a folder
-    inputs = {"input_ids": torch.arange(3, 11)[None], "max_new_tokens": 3}
+    inputs = {"input_ids": torch.arange(3, 11)[None], "max_new_tokens": 3, "min_new_tokens": 3}
     namespace = {"AutoModelForCausalLM": AutoModelForCausalLM, "inputs": inputs}
     for title, blocks in (("One copy, every width", 2), ("Switching", 1)):
         (section,) = re.findall(rf"^## {title}\n(.*?)^## ", PAGE.read_text(), re.DOTALL | re.MULTILINE)
