@@ -96,7 +96,7 @@ class Model(Subject):
     def token(self, module: Any) -> object:
         cache = self._caches[id(module)]
         output = module(self._tokens[:, :1], past_key_values=cache)
-        cache.crop(PROMPT)
+        cache.crop(-1)
         return output
 
 
