@@ -63,9 +63,10 @@ def tiles(codes: Tensor, grid: Tensor, line: Tensor, bits: int) -> Iterator[Tens
     """What `dequantize` gives, some rows at a time, ``(rows, in)`` float32 from the first row on: on the CPU about a
     million weights, on other devices everything at once."""
     rows = max(1, _TILE // codes.shape[1]) if codes.device.type == "cpu" else len(codes)
-    slopes, starts = (each.split(rows) for each in _slope_and_start(grid, line, bits))
-    for part, slope, start in zip(codes.split(rows), slopes, starts, strict=True):
-        yield _decoded(part, bits, slope, start)
+    slope, start = _slope_and_start(grid, line, bits)
+    for first in range(0, len(codes), rows):
+        part = slice(first, first + rows)
+        yield _decoded(codes[part], bits, slope[part], start[part])
 
 
 def _slope_and_start(grid: Tensor, line: Tensor, bits: int) -> tuple[Tensor, Tensor]:
