@@ -105,7 +105,8 @@ class _Linear(torch.autograd.Function):
         of_input = of_bias = None
         if context.needs_input_grad[0]:
             # As a whole: sums over tiles would be rounded once for each of them.
-            of_input = gradient @ dequantize(*context.saved_tensors, context.bits).to(context.dtype)
+            codes, grid, line = context.saved_tensors
+            of_input = gradient @ dequantize(codes, grid, line, context.bits).to(context.dtype)
         if context.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_input, of_bias, None, None, None, None
