@@ -19,7 +19,7 @@ from harness import RESULTS
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt", "scan", "repair")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("guard", "threat-model", "encrypt", "scan", "repair", "precision")),
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -315,6 +315,59 @@ def step_table(rows: Rows) -> str:
     return _markdown(["tokens of a step", "anchor", "time", "processor time", *kinds], body)
 
 
+def nested_quality_table(rows: Rows) -> str:
+    """KL divergence of the nested width, and of the others to compare with."""
+    head = ["bits", "nested", "quantized directly", "ratio", "symmetric", "nested, uncorrected", "perplexity"]
+    body = [
+        [
+            row["bits"],
+            row["nested KL"],
+            row["direct KL"],
+            f"{row['nested KL / direct KL']:.2f}",
+            row["symmetric KL"],
+            row["nested, no lines KL"],
+            f"{row['nested perplexity']:.2f}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    return (
+        f"KL divergence to full precision, nats per token ({first['tokens']} tokens, groups of {first['group size']} "
+        f"weights; perplexity at full precision: {first['full perplexity']:.2f}):\n\n{_markdown(head, body)}"
+    )
+
+
+def nested_speed_table(rows: Rows) -> str:
+    """A table for each subject: times, and in brackets their ratio to float32's."""
+    parts = []
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        body = [
+            [
+                row["weights"],
+                row["bits"],
+                f"{row['held MB']:.0f}",
+                *(f"{row[f'{kind} ms']:.1f} ({row[f'{kind} / float32']:.2f}x)" for kind in ("prompt", "token")),
+                f"{row['token / reading']:.1f}x",
+            ]
+            for row in rows
+            if row["subject"] == subject
+        ]
+        head = ["weights", "bits", "MB", "prompt of 128, ms", "one token, ms", "one token / reading its bytes"]
+        parts.append(f"{subject}\n\n{_markdown(head, body)}")
+    return "\n".join(parts)
+
+
+def nested_memory_table(rows: Rows) -> str:
+    """Megabytes and milliseconds."""
+    head = ["", "widths", "MB", "peak of loading, MB", "to another width, ms"]
+    columns = ("held MB", "peak of loading MB", "to another width ms")
+    return _markdown(head, [[row["held"], row["widths"], *(_short(row[column]) for column in columns)] for row in rows])
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "repair_table": repair_table,
     "repair_step": step_table,
@@ -327,6 +380,9 @@ _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "guard_quality": quality_table,
     "defence_table": defence_table,
     "precision_table": precision_table,
+    "nested_quality": nested_quality_table,
+    "nested_speed": nested_speed_table,
+    "nested_memory": nested_memory_table,
 }
 
 

@@ -8,8 +8,9 @@ with random_bits(model, (4, 6, 8)):
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from optimum_qguard.precision.bitmap import BitMap
 from optimum_qguard.precision.errors import PrecisionError
 from optimum_qguard.precision.linears import oriented, tied_weights
-from optimum_qguard.precision.nested_codes import NestedCodes, dequantize, encode, group_size_of
+from optimum_qguard.precision.nested_codes import NestedCodes, check_weight, dequantize, encode, group_size_of, tiles
 from optimum_qguard.precision.widths import Per, Switch
 
 GROUP_SIZE = 128
@@ -29,8 +30,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class NestedLinear(nn.Module):
     """A linear layer that holds `NestedCodes` and computes with their top bits.
 
-    The weight is decoded in every forward, to the input's dtype, and kept nowhere. Gradients reach the input and the
-    bias; the weight is constant.
+    The weight is decoded in every forward, to the input's dtype, and once more in the backward pass, at the width of
+    the forward; it is kept nowhere. Gradients reach the input and the bias; the weight is constant.
 
     Attributes:
         codes, grid, line: see `NestedCodes`.
@@ -73,11 +74,42 @@ class NestedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(…, in)`` to ``(…, out)``."""
-        return nn.functional.linear(input, self.dequantize(self.bits).to(input.dtype), self.bias)
+        output: Tensor = _Linear.apply(input, self.bias, self.codes, self.grid, self.line, self.bits)  # type: ignore[no-untyped-call]
+        return output
 
     def extra_repr(self) -> str:
         groups = self.grid.shape[-1]
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, groups={groups}"
+
+
+class _Linear(torch.autograd.Function):
+    """``input @ weight.T + bias`` with a weight that is decoded a few rows at a time, and again in the backward."""
+
+    @staticmethod
+    def forward(
+        context: Any, input: Tensor, bias: Tensor | None, codes: Tensor, grid: Tensor, line: Tensor, bits: int
+    ) -> Tensor:
+        context.save_for_backward(codes, grid, line)
+        context.bits, context.dtype = bits, input.dtype
+        parts: list[Tensor] = []
+        row = 0
+        for tile in tiles(codes, grid, line, bits):
+            own = None if bias is None else bias[row : row + len(tile)]
+            parts.append(nn.functional.linear(input, tile.to(input.dtype), own))
+            row += len(tile)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        gradient = gradients[0].to(context.dtype)
+        of_input = of_bias = None
+        if context.needs_input_grad[0]:
+            # As a whole: sums over tiles would be rounded once for each of them.
+            codes, grid, line = context.saved_tensors
+            of_input = gradient @ dequantize(codes, grid, line, context.bits).to(context.dtype)
+        if context.needs_input_grad[1]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_input, of_bias, None, None, None, None
 
 
 def nest(
@@ -97,7 +129,8 @@ def nest(
 
     Raises:
         PrecisionError: nested or quantized already; nothing to nest; a bit map that does not fit the model; layers that
-            share a weight or compute something of their own; weights that are not finite.
+            share a weight or compute something of their own; rows that no group size divides; weights that are not
+            finite. The model is then as it was.
     """
     from transformers import PreTrainedConfig
 
@@ -107,15 +140,15 @@ def nest(
         raise PrecisionError(f"this {type(model).__name__} is nested already; use set_bits to change its widths")
     widths = layers_to_nest(model, bitmap)
     switch = Switch(widths)
-    sizes = {name: group_size_of(oriented(model.get_submodule(name)).shape[1], group_size) for name in widths}
+    sizes = group_sizes(model, widths, group_size)
+    # Before anything changes: a model that is half nested could be used for nothing.
+    for name in widths:
+        with _naming(name):
+            check_weight(oriented(model.get_submodule(name)))
     for name, size in sizes.items():
         module = model.get_submodule(name)
         weight = oriented(module)
-        try:
-            codes = encode(weight, size)
-        except PrecisionError as error:
-            raise PrecisionError(f"{name}: {error}") from error
-        put(model, name, NestedLinear(codes, _bias(module), weight.dtype, name=name, switch=switch))
+        put(model, name, NestedLinear(encode(weight, size), _bias(module), weight.dtype, name=name, switch=switch))
     attach(model, switch)
     if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
         from optimum_qguard.precision.nested_config import NestedConfig  # which imports this file
@@ -162,6 +195,19 @@ def layers_to_nest(model: nn.Module, bitmap: BitMap) -> dict[str, int]:
     return widths
 
 
+def group_sizes(model: nn.Module, names: Iterable[str], group_size: int | None) -> dict[str, int]:
+    """How many weights of a row share a grid in each of these layers.
+
+    Raises:
+        PrecisionError: a layer whose rows cannot be divided so.
+    """
+    sizes = {}
+    for name in names:
+        with _naming(name):
+            sizes[name] = group_size_of(oriented(model.get_submodule(name)).shape[1], group_size)
+    return sizes
+
+
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
     """The layers that `nest` put there, by name in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NestedLinear)}
@@ -193,11 +239,7 @@ def _wrap(module: nn.Module, method: str, switch: Switch, kind: Per) -> None:
 
     @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            kind == "forward"
-            and self.training
-            and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        ):
+        if kind == "forward" and self.training and _recomputes(self):
             raise PrecisionError(
                 "gradient checkpointing computes layers once more when the forward and its width are gone; disable it "
                 "with model.gradient_checkpointing_disable()"
@@ -226,6 +268,14 @@ def _refuse_unlike_linear(model: nn.Module, widths: Iterable[str]) -> None:
             raise PrecisionError(
                 f"{name} is a {type(module).__name__}, which computes something of its own: give it null"
             )
+
+
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except PrecisionError as error:
+        raise PrecisionError(f"{layer}: {error}") from error
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:

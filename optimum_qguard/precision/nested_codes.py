@@ -15,6 +15,7 @@ Related: Any-Precision LLM (ICML 2024) and Matryoshka Quantization (2025), which
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ MAXIMUM, MINIMUM = 8, 2
 _CELLS = 2**MAXIMUM
 _MIDDLE = _CELLS / 2
 _LEAST_GROUP = 16
+_LARGEST_WEIGHT = 1e38  # the span of a group, rounded outwards to BF16, is then finite
+_TILE = 1 << 20
+"""Weights that are decoded at a time on the CPU. 4 MiB of them stay in a processor's cache until they are used, and the
+allocator hands out the same memory again, while larger blocks come from the system page by page."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class NestedCodes:
     Attributes:
         codes: ``(out, in)`` uint8.
         grid: ``(2, out, groups)`` int16: each group's origin and scale.
-        line: ``(7, 2, rows)`` int16: gain and shift for 8 bits (zeros), 7, … 2, by row, or one for all.
+        line: ``(7, 2, out)`` int16: each row's gain and shift for 8 bits (zeros), 7, … 2.
     """
 
     codes: Tensor
@@ -51,13 +56,32 @@ class NestedCodes:
 
 def dequantize(codes: Tensor, grid: Tensor, line: Tensor, bits: int) -> Tensor:
     """``(out, in)`` float32: the values of the top ``bits`` bits. Arguments are what `NestedCodes` holds."""
-    dropped = MAXIMUM - bits
-    origin, scale = grid.view(torch.bfloat16).float()
-    gain, shift = line.view(torch.bfloat16)[dropped].float().unsqueeze(-1)
-    slope = scale * (1 + gain)
-    start = origin + scale * (_MIDDLE + shift) + slope * (2**dropped / 2 - _MIDDLE)
-    blocks = (codes >> dropped).view(*scale.shape, -1)
-    return torch.addcmul(start.unsqueeze(-1), (slope * 2**dropped).unsqueeze(-1), blocks.float()).view(codes.shape)
+    return _decoded(codes, bits, *_slope_and_start(grid, line, bits))
+
+
+def tiles(codes: Tensor, grid: Tensor, line: Tensor, bits: int) -> Iterator[Tensor]:
+    """What `dequantize` gives, some rows at a time, ``(rows, in)`` float32 from the first row on: on the CPU about a
+    million weights, on other devices everything at once."""
+    rows = max(1, _TILE // codes.shape[1]) if codes.device.type == "cpu" else len(codes)
+    slope, start = _slope_and_start(grid, line, bits)
+    for first in range(0, len(codes), rows):
+        part = slice(first, first + rows)
+        yield _decoded(codes[part], bits, slope[part], start[part])
+
+
+def _slope_and_start(grid: Tensor, line: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """``(out, groups, 1)`` each: values are ``start + slope · code``, with zeros for the lowest bits of the code."""
+    origin, scale = grid.view(torch.bfloat16).float().unsqueeze(-1)
+    gain, shift = line[MAXIMUM - bits].view(torch.bfloat16).float()[:, :, None, None]
+    slope = 1 + gain
+    middle = 2 ** (MAXIMUM - bits) / 2
+    return scale * slope, torch.addcmul(origin, scale, slope * (middle - _MIDDLE) + shift + _MIDDLE)
+
+
+def _decoded(codes: Tensor, bits: int, slope: Tensor, start: Tensor) -> Tensor:
+    kept = codes if bits == MAXIMUM else codes & (_CELLS - 2 ** (MAXIMUM - bits))
+    # In place: fresh memory would cost more than the arithmetic.
+    return kept.view(*slope.shape[:2], -1).float().mul_(slope).add_(start).view(codes.shape)
 
 
 def group_size_of(columns: int, group_size: int | None) -> int:
@@ -77,26 +101,28 @@ def group_size_of(columns: int, group_size: int | None) -> int:
     return found
 
 
+def check_weight(weight: Tensor) -> None:
+    """Raise `PrecisionError` for weights that `encode` cannot take: not finite, or beyond 1e38."""
+    largest = weight.abs().max()
+    if not largest.isfinite():
+        raise PrecisionError("weights that are not finite cannot be quantized; the checkpoint is damaged")
+    if largest > _LARGEST_WEIGHT:
+        raise PrecisionError("weights near the largest BF16 number cannot be quantized; the checkpoint is damaged")
+
+
 @torch.no_grad()
 def encode(weight: Tensor, group_size: int) -> NestedCodes:
     """Nested codes of a weight.
 
     Args:
-        weight: ``(out, in)`` floating point.
+        weight: ``(out, in)`` floating point, as `check_weight` wants it.
         group_size: weights of a row that share a grid; it divides ``in``.
-
-    Raises:
-        PrecisionError: weights that are not finite, or too large for a BF16 grid.
     """
-    if not weight.isfinite().all():
-        raise PrecisionError("weights that are not finite cannot be quantized; the checkpoint is damaged")
     blocks = weight.float().reshape(len(weight), -1, group_size)
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     # Rounded outwards, so that the span still has every weight in it.
     origin = -_rounded_up(-low)
     scale = _rounded_up((high - origin) / _CELLS).clamp_(min=torch.finfo(torch.bfloat16).smallest_normal)
-    if not (origin + scale * _CELLS).isfinite().all():
-        raise PrecisionError("weights near the largest BF16 number cannot be quantized; the checkpoint is damaged")
     positions = (blocks - origin) / scale
     codes = positions.floor().clamp_(0, _CELLS - 1).to(torch.uint8)
     lines = [_line(positions, codes, scale, bits) for bits in range(MAXIMUM - 1, MINIMUM - 1, -1)]

@@ -28,12 +28,13 @@ from optimum_qguard.precision.nested import (
     as_bitmap,
     attach,
     check_group_size,
+    group_sizes,
     layers_to_nest,
     nest,
     nested_layers,
     put,
 )
-from optimum_qguard.precision.nested_codes import NestedCodes, group_size_of
+from optimum_qguard.precision.nested_codes import NestedCodes
 from optimum_qguard.precision.widths import Switch
 
 QUANT_METHOD = "qguard-nested"
@@ -107,15 +108,14 @@ def put_empty_layers(model: nn.Module, config: NestedConfig) -> None:
     """
     widths = layers_to_nest(model, config.bits)
     switch = Switch(widths)
-    for name in widths:
+    for name, size in group_sizes(model, widths, config.group_size).items():
         module = model.get_submodule(name)
         weight = oriented(module)
         rows, columns = weight.shape
-        groups = columns // group_size_of(columns, config.group_size)
         with torch.device("meta"):
             codes = NestedCodes(
                 torch.empty(rows, columns, dtype=torch.uint8),
-                torch.empty(2, rows, groups, dtype=torch.int16),
+                torch.empty(2, rows, columns // size, dtype=torch.int16),
                 torch.empty(7, 2, rows, dtype=torch.int16),
             )
         put(model, name, NestedLinear(codes, module.bias, weight.dtype, name=name, switch=switch))  # type: ignore[arg-type]

@@ -49,11 +49,11 @@ def bits(model: nn.Module, bits: int | BitMap | Mapping[str, int]) -> Iterator[N
 
 def set_random_bits(
     model: nn.Module, widths: Sequence[int] = WIDTHS, *, per: Per = "forward", seed: int | None = None
-) -> list[int]:
+) -> Sequence[int]:
     """Draw widths as `random_bits` does, in every thread, until `set_bits` ends it. Arguments and errors as there.
 
     Returns:
-        What is drawn, oldest first; the list grows.
+        What is drawn, as it is drawn: the last 16,384, oldest first.
     """
     switch, layers = _nested(model)
     policy = _random(layers, switch, switch.everywhere, widths, per, seed)
@@ -64,7 +64,7 @@ def set_random_bits(
 @contextlib.contextmanager
 def random_bits(
     model: nn.Module, widths: Sequence[int] = WIDTHS, *, per: Per = "forward", seed: int | None = None
-) -> Iterator[list[int]]:
+) -> Iterator[Sequence[int]]:
     """Let nested layers compute at widths that are drawn, each with the same probability, in this thread or task only.
 
     ``generate`` works as ever: with caches, beams, batches and pipelines.
@@ -78,7 +78,7 @@ def random_bits(
             the widths.
 
     Yields:
-        What was drawn, oldest first; the list grows.
+        What is drawn, as it is drawn: the last 16,384, oldest first.
 
     Raises:
         PrecisionError: no nested layers; no widths, or one out of range; another ``per``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,9 @@ from typing import Literal
 
 Widths = Mapping[str, int]
 Per = Literal["forward", "request"]
+
+KEPT_DRAWS = 1 << 14
+"""A model that serves for months draws billions of times."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,13 @@ class RandomWidths:
         choices: pairs of the number of bits that stands for it, and the widths by layer.
         per: what is drawn for.
         generator: where randomness comes from: the operating system by default.
-        draws: what was drawn, oldest first.
+        draws: what was drawn last, at most `KEPT_DRAWS`, oldest first.
     """
 
     choices: tuple[tuple[int, Widths], ...]
     per: Per
     generator: Random = field(default_factory=secrets.SystemRandom)
-    draws: list[int] = field(default_factory=list)
+    draws: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_DRAWS))
 
     def draw(self) -> Widths:
         """Draw once."""

@@ -187,3 +187,51 @@ def test_steps_beside_those_without_an_anchor() -> None:
     assert "| tokens of a step | anchor | time | processor time | memory with mapped pages |" in figures.step_table(
         [without_kinds]
     )
+
+
+def test_nested_widths_beside_direct_ones() -> None:
+    row = {
+        "bits": 4,
+        "group size": 96,
+        "tokens": 512,
+        "nested KL": 0.1234,
+        "direct KL": 0.1,
+        "symmetric KL": 0.2,
+        "nested, no lines KL": 0.5,
+        "nested KL / direct KL": 1.234,
+        "full perplexity": 10.0,
+        "nested perplexity": 12.345,
+        "direct perplexity": 12.0,
+    }
+    table = figures.nested_quality_table([row])
+    assert "(512 tokens, groups of 96 weights; perplexity at full precision: 10.00)" in table
+    assert table.splitlines()[-1] == "| 4 | 0.123 | 0.1 | 1.23 | 0.2 | 0.5 | 12.35 |"
+
+
+def test_nested_speed_beside_float32() -> None:
+    row = {
+        "subject": "SmolLM2",
+        "weights": "nested",
+        "bits": 4,
+        "held MB": 250.4,
+        "prompt ms": 800.04,
+        "prompt / float32": 1.25,
+        "token ms": 140.0,
+        "token / float32": 2.0,
+        "reading ms": 25.0,
+        "token / reading": 5.6,
+    }
+    table = figures.nested_speed_table([row, {**row, "subject": "layer"}])
+    assert [line for line in table.splitlines() if line and line[0] != "|"] == ["SmolLM2", "layer"]
+    assert table.splitlines()[-1] == "| nested | 4 | 250 | 800.0 (1.25x) | 140.0 (2.00x) | 5.6x |"
+
+
+def test_nested_memory_leaves_out_what_was_not_measured() -> None:
+    row = {
+        "held": "packed",
+        "widths": 3,
+        "held MB": 700.4,
+        "peak of loading MB": None,
+        "to another width ms": 0.0123,
+    }
+    assert figures.nested_memory_table([row]).splitlines()[-1] == "| packed | 3 | 700 |  | 0.012 |"

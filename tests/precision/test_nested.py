@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, set_bits
+from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, nested_codes, set_bits
 from optimum_qguard.precision.linears import linear_layers, output_head
 from optimum_qguard.precision.nested import NestedLinear, nested_layers
 
@@ -71,6 +71,54 @@ def test_gradients_reach_the_input_and_the_bias() -> None:
         each(inputs_embeds=embeddings).logits.square().sum().backward()
         gradients.append((embeddings.grad, each.get_submodule("transformer.h.0.attn.c_attn").bias.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_layer_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, gradients and their gradients are those of a linear layer with the decoded weight."""
+    monkeypatch.setattr(nested_codes, "_TILE", 7 * 32)
+    layer = nest(nn.Sequential(nn.Linear(32, 50)), 3)[0]
+    input = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for output in (layer(input), nn.functional.linear(input, layer.weight, layer.bias)):
+        gradients = torch.autograd.grad(output.square().sum(), (input, layer.bias), create_graph=True)
+        (second,) = torch.autograd.grad(gradients[0].square().sum(), input)
+        found.append((output, *gradients, second))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_decoded_waits_for_the_backward_pass() -> None:
+    layer = nest(nn.Sequential(nn.Linear(64, 64)), 4)[0]
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(3, 64, requires_grad=True))
+    assert kept
+    assert all(any(tensor.data_ptr() == held.data_ptr() for held in layer.buffers()) for tensor in kept)
+
+
+def test_the_backward_pass_has_the_width_of_the_forward() -> None:
+    layer = nest(nn.Sequential(nn.Linear(32, 32)), 8)[0]
+    input = torch.randn(3, 32, requires_grad=True)
+    model = nn.Sequential(layer)
+    with bits(model, 2):
+        output = layer(input)
+    (gradient,) = torch.autograd.grad(output.sum(), input)
+    torch.testing.assert_close(gradient, layer.dequantize(2).sum(0).expand(3, 32))
+
+
+def test_autocast() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    plain = copy.deepcopy(model)
+    layer = nest(model, 4)[0]
+    plain[0].weight.data = layer.weight
+    input = torch.randn(3, 32, requires_grad=True)
+    found = []
+    for each in (model, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = each(input)
+        found.append((output, *torch.autograd.grad(output.float().sum(), input)))
+    assert found[0][0].dtype == found[1][0].dtype == torch.bfloat16
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0.02, atol=0.02)  # theirs are in BF16
 
 
 def test_memory() -> None:
@@ -139,6 +187,37 @@ def test_unknown_pattern() -> None:
         nest(tiny_model("llama"), {"nope": 4})
 
 
+@pytest.mark.parametrize(
+    ("name", "widths", "message"),
+    [
+        ("llama", {"embed_tokens": 4}, "gives a width to model.embed_tokens, which is a Embedding: only linear layers"),
+        ("llama", {"input_layernorm": 4}, "only linear layers can have one"),
+        ("vit", {"patch_embeddings.projection": 4}, "which is a Conv2d: only linear layers can have one"),
+        ("mixtral", {"*": 4}, "experts' weights are fused into one tensor, which is not supported"),
+        ("llama-tied", {"lm_head": 4}, "one and the same tensor"),
+    ],
+)
+def test_layers_that_cannot_be_nested(name: str, widths: dict[str, int], message: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(PrecisionError, match=message):
+        nest(model, widths)
+    assert not nested_layers(model)
+
+
+def test_one_module_in_two_places_with_two_widths() -> None:
+    inner = nn.Linear(32, 32)
+    with pytest.raises(PrecisionError, match=r"one and the same tensor, but would have different widths: 4 and 8"):
+        nest(nn.Sequential(inner, nn.ReLU(), inner), {"0": 4, "2": 8})
+
+
+def test_rows_that_cannot_be_divided() -> None:
+    model = nn.Sequential(nn.Linear(64, 131), nn.Linear(131, 8))
+    with pytest.raises(PrecisionError, match="1: 131 input features have no divisor from 16 to the group size 128"):
+        nest(model)
+    assert not nested_layers(model)
+    assert nest(model, group_size=None)[1].grid.shape == (2, 8, 1)
+
+
 def test_shared_weights() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     model[1].weight = model[0].weight
@@ -186,3 +265,5 @@ def test_weights_that_are_not_finite() -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(PrecisionError, match=r"model\.layers\.1\.mlp\.up_proj: weights that are not finite"):
         nest(model)
+    # As it was: none of the layers before it is nested.
+    assert not nested_layers(model)

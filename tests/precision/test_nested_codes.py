@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_qguard.precision.errors import PrecisionError
-from optimum_qguard.precision.nested_codes import NestedCodes, encode, group_size_of
+from optimum_qguard.precision.nested_codes import NestedCodes, check_weight, encode, group_size_of, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = range(2, 9)
@@ -120,14 +120,30 @@ def test_no_group_size() -> None:
         group_size_of(131, 128)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(value: float) -> None:
-    weight = torch.zeros(2, 16)
+@pytest.mark.parametrize("columns", [64, 3 * 2**17])
+def test_tiles_are_the_rows_in_their_order(columns: int) -> None:
+    nested = encode(torch.randn(7, columns, generator=torch.Generator().manual_seed(0)), 64)
+    for bits in (8, 3):
+        parts = list(tiles(nested.codes, nested.grid, nested.line, bits))
+        assert len(parts) == (1 if columns == 64 else 4)
+        assert torch.equal(torch.cat(parts), nested.dequantize(bits))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_finite(value: float, dtype: torch.dtype) -> None:
+    weight = torch.zeros(2, 16, dtype=dtype)
     weight[1, 3] = value
     with pytest.raises(PrecisionError, match="not finite"):
-        encode(weight, 16)
+        check_weight(weight)
 
 
 def test_too_large() -> None:
     with pytest.raises(PrecisionError, match="near the largest BF16 number"):
-        encode(torch.tensor([[-3e38, 3e38] * 8]), 16)
+        check_weight(torch.tensor([[-3e38, 3e38] * 8]))
+
+
+def test_the_largest_that_is_allowed() -> None:
+    weight = torch.tensor([[-1e38, 1e38] * 8])
+    check_weight(weight)
+    torch.testing.assert_close(encode(weight, 16).dequantize(8), weight, rtol=0.01, atol=0)

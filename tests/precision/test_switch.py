@@ -1,5 +1,6 @@
 """Widths are switched without a trace, drawn as asked, and never under somebody who is computing."""
 
+import asyncio
 import contextvars
 import copy
 import math
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, random_bits, set_bits, set_random_bits
 from optimum_qguard.precision.nested import nested_layers
+from optimum_qguard.precision.widths import KEPT_DRAWS
 
 PROMPT = torch.arange(3, 11)[None]
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
@@ -226,6 +228,53 @@ def test_threads_do_not_inherit_unless_they_are_given_the_context(model: PreTrai
             thread.start()
             thread.join()
     assert found == [{8}, {4}]
+
+
+def test_tasks_have_widths_of_their_own(model: PreTrainedModel) -> None:
+    """Two tasks of one thread take turns between forwards."""
+
+    async def ask(width: int) -> list[Tensor]:
+        results = []
+        with bits(model, width):
+            for _ in range(3):
+                results.append(logits(model))
+                await asyncio.sleep(0)
+        return results
+
+    async def ask_both() -> list[list[Tensor]]:
+        return await asyncio.gather(ask(2), ask(8))
+
+    for width, results in zip((2, 8), asyncio.run(ask_both()), strict=True):
+        assert all(torch.equal(result, at(model, width, logits)) for result in results)
+
+
+def test_every_forward_has_one_width_while_another_thread_switches(model: PreTrainedModel) -> None:
+    """Layers of one forward never compute at different widths."""
+    expected = {width: at(model, width, logits) for width in (2, 8)}
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            for width in expected:
+                set_bits(model, width)
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    try:
+        for _ in range(40):
+            result = logits(model)
+            assert any(torch.equal(result, each) for each in expected.values())
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_what_was_drawn_is_not_kept_for_ever(model: PreTrainedModel) -> None:
+    draws = set_random_bits(model, (4, 6))
+    layer = nested_layers(model)["model.layers.0.self_attn.q_proj"]
+    for _ in range(KEPT_DRAWS + 5):
+        layer.bits  # noqa: B018
+    assert len(draws) == KEPT_DRAWS
 
 
 def test_random_everywhere(model: PreTrainedModel) -> None:
