@@ -65,7 +65,7 @@ class Recipe:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise RepairError(f"learning rate is {self.learning_rate:g}; it is more than 0")
         if not self.modules:
-            raise RepairError("modules has no name of a module to hold near the anchor; leave it out for the usual ones")
+            raise RepairError("modules names none to hold near the anchor; leave it out for the usual ones")
         if self.dtype not in DTYPES:
             raise RepairError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
 

@@ -1,5 +1,6 @@
 """``qguard precision allocate``: a map, what it gives, and files; or one clear line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,4 +81,22 @@ def test_refused(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path) 
     assert "a plot's name ends in" in refused(*command, 4, "--plot", tmp_path / "map.txt")
     assert "cannot be read as text" in refused(*command, 4, "--text", tmp_path / "none.txt")
     assert "has no tokenizer" in refused(*command, 4)
+    for option in ("--output", "--sensitivity"):
+        line = refused(*command, 4, option, tmp_path / "none" / "map.yaml")
+        assert f"{tmp_path / 'none' / 'map.yaml'}: no such folder" in line
     assert "no such folder" in refused("precision", "allocate", tmp_path / "none", "--bits", 4)
+
+
+def test_a_second_half_without_text_is_seen_before_measuring(
+    refused: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "half.txt").write_text(TEXT + " " * (len(TEXT) + 2))
+    options = ["--text", tmp_path / "half.txt", "--tokens", 32, "--sensitivity", tmp_path / "kept.json"]
+    refused("precision", "allocate", model, "--bits", 4, *options)
+
+
+def test_quantized_already(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    line = refused("precision", "allocate", model, "--bits", 4)
+    assert line == f"qguard: {model}: is quantized already (gptq); name its full-precision original\n"

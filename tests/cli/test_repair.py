@@ -116,9 +116,7 @@ def test_the_help_shows_the_defaults(qguard: Callable[..., Any]) -> None:
     assert "--anchor" in result.out
 
 
-def test_interrupted(
-    qguard: Callable[..., Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted(qguard: Callable[..., Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how to go on."""
 
     def interrupt(_self: Any, _args: Any, state: Any, *_: Any, **__: Any) -> None:

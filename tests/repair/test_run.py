@@ -405,7 +405,7 @@ class TestBadInput:
             ({"lambda_": 1}, "no option 'lambda_'; there are steps, strength"),
             ({"text": "w2 w3 w4"}, "the text has 3 tokens, and one block needs 32"),
             ({"seed": 2**32}, "seed is 4294967296; it is at most 4294967295"),
-            ({"modules": ()}, "modules has no name"),
+            ({"modules": ()}, "modules names none"),
             ({"keep_at": [5, 21]}, "the weights after step 21 are to be kept, but steps are 1 to 20"),
             ({"validation": "w2"}, "the validation text has 1 tokens, and one block needs 32"),
         ],
