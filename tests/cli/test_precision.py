@@ -95,6 +95,13 @@ def test_a_second_half_without_text_is_seen_before_measuring(
     refused("precision", "allocate", model, "--bits", 4, *options)
 
 
+def test_how_many_tokens(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    """No more than the text has; in whole sequences, which are 64 tokens here, and that is what is reported."""
+    command = ["precision", "allocate", model, "--bits", 4, "--text", tmp_path / "text.txt", "--json", "--tokens"]
+    assert "the text has 100 token(s) and 101 were asked for" in qguard(*command, 101).err
+    assert qguard(*command, 70).json["tokens"] == 64
+
+
 def test_quantized_already(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))

@@ -96,7 +96,7 @@ def command(
         if plot is not None:
             plot_allocation(allocation, found, plot)
     if as_json:
-        content = {"model": model, "bits": bits, "tokens": tokens, "group_size": group_size or None}
+        content = {"model": model, "bits": bits, "tokens": found.tokens, "group_size": group_size or None}
         print_json({**content, "maps": rows, "bitmap": allocation.bitmap.to_dict()})
     else:
         _print(model, allocation, rows, [path for path in (output, plot) if path is not None])
