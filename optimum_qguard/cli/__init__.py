@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("qguard: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except Exception as error:
         if _DEBUG in given:
             traceback.print_exc()
@@ -60,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
             print(f"qguard: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
+    if code == EXIT_INTERRUPTED:  # typer returns it, instead of raising
+        print("qguard: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

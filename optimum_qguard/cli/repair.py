@@ -129,12 +129,8 @@ def command(
 
     OUT has MODEL's files, names and dtypes; repair.json and the model card say what was done.
     """
-    from optimum_qguard.checkpoint import open_checkpoint
-    from optimum_qguard.checkpoint.output import check_output
     from optimum_qguard.cli._arguments import comma_separated
     from optimum_qguard.cli._console import print_json, progress_bar, results
-    from optimum_qguard.repair.recipe import Recipe
-    from optimum_qguard.repair.run import repair_checkpoint
 
     given: dict[str, Any] = {
         "steps": steps,
@@ -152,22 +148,33 @@ def command(
         "checkpoint_every": checkpoint_every,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    Recipe.of(options)
-    check_output(out, open_checkpoint(model).folder, overwrite=overwrite)
-    with progress_bar("Repairing") as update:
-        report = repair_checkpoint(
-            model,
-            out,
-            anchor=anchor,
-            text=_text(data),
-            validation=None if validation is None else _text(validation),
-            keep_at=_steps(keep_at),
-            resume=resume,
-            overwrite=overwrite,
-            device=device,
-            progress=update,
-            **options,
-        )
+    try:
+        with progress_bar("Repairing") as update:
+            # Imported here, because transformers' trainer imports what else is installed, and some of that prints.
+            from optimum_qguard.checkpoint import open_checkpoint
+            from optimum_qguard.checkpoint.output import check_output
+            from optimum_qguard.repair.recipe import Recipe
+            from optimum_qguard.repair.run import repair_checkpoint
+
+            Recipe.of(options)
+            check_output(out, open_checkpoint(model).folder, overwrite=overwrite)
+            report = repair_checkpoint(
+                model,
+                out,
+                anchor=anchor,
+                text=_text(data),
+                validation=None if validation is None else _text(validation),
+                keep_at=_steps(keep_at),
+                resume=resume,
+                overwrite=overwrite,
+                device=device,
+                progress=update,
+                **options,
+            )
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            typer.echo(f"qguard: {interrupt}", err=True)
+        raise
     if as_json:
         print_json({"output": str(out), "report": report.model_dump(mode="json")})
         return

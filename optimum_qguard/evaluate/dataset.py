@@ -41,7 +41,8 @@ def load_rows(
     except EvaluationError:
         raise
     except Exception as error:  # every builder and the network have errors of their own
-        raise EvaluationError(f"the data set {source} cannot be loaded: {error}") from error
+        neither = "" if path.exists() else " (and there is no such file or folder)"
+        raise EvaluationError(f"the data set {source} cannot be loaded{neither}: {error}") from error
     if split is None:
         split = next((each for each in _PREFERRED_SPLITS if each in loaded), None)
         if split is None and len(loaded) == 1:

@@ -65,6 +65,6 @@ def refuse_quantized(reader: CheckpointReader) -> None:
     config = reader.quantization_config
     if config is not None:
         raise QGuardError(
-            f"{reader.folder}: is quantized already ({config.get('quant_method', 'unknown method')}), so guard comes "
-            "too late; name its full-precision original"
+            f"{reader.folder}: is quantized already ({config.get('quant_method', 'unknown method')}); name its "
+            "full-precision original"
         )

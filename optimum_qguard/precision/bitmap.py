@@ -26,6 +26,7 @@ MINIMUM, MAXIMUM = 2, 8
 WIDTHS = tuple(range(MINIMUM, MAXIMUM + 1))
 SUFFIXES = (".yaml", ".yml", ".json")
 _WILDCARD = re.compile(r"[*?\[]")
+_NO_MAPPING = "is no bit map: it is one mapping of patterns to bits"
 
 
 @dataclass(frozen=True, init=False)
@@ -40,14 +41,20 @@ class BitMap:
         patterns: pairs of a pattern and bits, 2 to 8, or ``None`` to leave what it matches as it is.
 
     Raises:
-        PrecisionError: no patterns, an empty one, one that stands there twice, or bits out of range.
+        PrecisionError: no patterns, an empty one, one that stands there twice, bits out of range, or no such pairs.
     """
 
     patterns: tuple[tuple[str, int | None], ...]
 
     def __init__(self, patterns: Mapping[str, int | None] | Iterable[tuple[str, int | None]]) -> None:
-        pairs = patterns.items() if isinstance(patterns, Mapping) else patterns
-        object.__setattr__(self, "patterns", tuple((pattern, bits) for pattern, bits in pairs))
+        given = patterns.items() if isinstance(patterns, Mapping) else patterns
+        try:
+            pairs = tuple((pattern, bits) for pattern, bits in given)
+        except (TypeError, ValueError):
+            raise PrecisionError(
+                f'{patterns!r} is no bit map: it is patterns and their bits, such as {{"*": 4}}'
+            ) from None
+        object.__setattr__(self, "patterns", pairs)
         if not self.patterns:
             raise PrecisionError('a bit map without patterns gives no layer a width; {"*": 4} gives all of them 4 bits')
         seen = set()
@@ -136,10 +143,12 @@ class BitMap:
         """
         path = check_suffix(path)
         try:
-            pairs = _pairs(path.read_text(encoding="utf-8"))
-            return cls(pairs)
+            text = path.read_text(encoding="utf-8")
+            return cls(_json_pairs(text) if path.suffix == ".json" else _yaml_pairs(text))
         except (OSError, UnicodeDecodeError) as error:
             raise PrecisionError(f"{path}: cannot be read: {error}") from error
+        except json.JSONDecodeError as error:
+            raise PrecisionError(f"{path}: is no bit map: it is not JSON ({error})") from error
         except yaml.YAMLError as error:
             what = " ".join(str(error).split())
             raise PrecisionError(
@@ -195,13 +204,25 @@ def check_suffix(path: str | Path) -> Path:
     return path
 
 
-def _pairs(text: str) -> list[tuple[Any, Any]]:
-    """What a YAML mapping (or a JSON object, which is one) holds, keys that stand there twice included."""
+def _json_pairs(text: str) -> list[tuple[Any, Any]]:
+    """What a JSON object holds, keys that stand there twice included."""
+    pairs = json.loads(text, object_pairs_hook=_Pairs)
+    if not isinstance(pairs, _Pairs):
+        raise PrecisionError(_NO_MAPPING)
+    return pairs
+
+
+class _Pairs(list[tuple[Any, Any]]):
+    """A JSON object, to tell it from a list."""
+
+
+def _yaml_pairs(text: str) -> list[tuple[Any, Any]]:
+    """What a YAML mapping holds, keys that stand there twice included."""
     loader = yaml.SafeLoader(text)
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
-            raise PrecisionError("is no bit map: it is one mapping of patterns to bits")
+            raise PrecisionError(_NO_MAPPING)
         return [(loader.construct_object(key, True), loader.construct_object(value, True)) for key, value in root.value]
     finally:
         loader.dispose()

@@ -88,8 +88,8 @@ def check_groups(name: str, module: nn.Module, group_size: int | None) -> None:
     columns = oriented(module).shape[1]
     if group_size is not None and columns % group_size:
         raise PrecisionError(
-            f"{name} has {columns} input features, which {group_size} does not divide: choose a group_size that does, "
-            "or None for one scale per row"
+            f"{name} has {columns} input features, which {group_size} does not divide: choose a group size that does, "
+            "or whole rows (group_size=None, on the command line --group-size 0)"
         )
 
 

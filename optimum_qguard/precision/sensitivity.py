@@ -133,7 +133,7 @@ def measure_sensitivity(
         model: a causal language model at full precision; float32 measures small divergences best.
         tokenizer: its tokenizer.
         text: what it predicts.
-        tokens: how many tokens of it, in sequences of 256, or as many as the model takes.
+        tokens: how many tokens of it, at least 2; in whole sequences of 256, or of as many as the model takes.
         widths: the widths to measure.
         groups: patterns of a `BitMap`; layers that the same one matches first have one width. By default every linear
             layer but the output head has its own.
@@ -249,7 +249,7 @@ def _interpolate(known: Mapping[int, float], width: int) -> float:
 def _sequences(tokenizer: Any, text: str, tokens: int, model: Any) -> Tensor:
     ids = torch.tensor(tokenizer(text)["input_ids"][:tokens])
     longest = min(SEQUENCE, getattr(model.config, "max_position_embeddings", SEQUENCE))
-    if tokens < 2 or len(ids) < min(tokens, longest):
+    if tokens < 2 or len(ids) < tokens:
         raise PrecisionError(
             f"the text has {len(ids)} token(s) and {tokens} were asked for; give at least 2 and no more than it has"
         )

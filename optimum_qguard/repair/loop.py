@@ -10,13 +10,62 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from optimum_qguard.repair.recipe import Recipe
 
 _WEIGHTS_FILE = "model.safetensors"
+_LOGGED_EVERY = 10
 
 
 class Diverged(Exception):
     """Training went wrong; the message says at which step and how."""
+
+
+def training_arguments(
+    recipe: Recipe, folder: Path, *, steps: int, validated: bool, resumed: bool, device: str | None
+) -> TrainingArguments:
+    """A recipe as the `Trainer` takes it.
+
+    Args:
+        folder: for checkpoints.
+        steps: how many to train, which may be fewer than the recipe's.
+        validated: whether there is a validation text.
+        resumed: whether the run goes on from a checkpoint.
+        device: ``"cpu"``, or ``None`` for an accelerator if there is one.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=recipe.accumulate,
+        train_sampling_strategy="sequential",
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=recipe.dtype == "bfloat16",
+        seed=recipe.seed,
+        logging_first_step=True,
+        logging_steps=_LOGGED_EVERY,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=recipe.evaluate_every,
+        eval_on_start=validated and not resumed,
+        prediction_loss_only=True,
+        save_strategy="steps" if recipe.checkpoint_every else "no",
+        save_steps=recipe.checkpoint_every or steps,
+        save_total_limit=1,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu" and torch.accelerator.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the trainer would make batches as many times larger
+    return arguments
 
 
 class RepairTrainer(Trainer):  # type: ignore[misc]
@@ -73,15 +122,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class Keep(TrainerCallback):  # type: ignore[misc]
-    """Has some steps logged, and the last one, and calls ``keep(step)`` after each of the former. To be the last
-    callback."""
+    """Has some steps logged, those of measurements and the last one too, and calls ``keep(step)`` after each of the
+    first. To be the last callback."""
 
     def __init__(self, steps: Collection[int], keep: Callable[[int], None]) -> None:
         self._steps = set(steps)
         self._keep = keep
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in self._steps or state.global_step == state.max_steps:
+        if state.global_step in self._steps or control.should_evaluate or state.global_step == state.max_steps:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -10,6 +10,7 @@ from optimum_qguard.repair.anchor import DEFAULT_MODULES
 from optimum_qguard.repair.errors import RepairError
 
 DTYPES = ("float32", "bfloat16")
+_LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise RepairError(f"{name.replace('_', ' ')} is {value}; it is at least {bound}")
+        if self.seed > _LARGEST_SEED:
+            raise RepairError(f"seed is {self.seed}; it is at most {_LARGEST_SEED}")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise RepairError(f"strength is {self.strength:g}; it is 0 or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise RepairError(f"learning rate is {self.learning_rate:g}; it is more than 0")
+        if not self.modules:
+            raise RepairError("modules names none to hold near the anchor; leave it out for the usual ones")
         if self.dtype not in DTYPES:
             raise RepairError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
 

@@ -86,8 +86,8 @@ class RepairReport(BaseModel):
 
     @property
     def loss_after(self) -> float:
-        """Mean over the last steps that were logged."""
-        return self.losses[-1].loss
+        """Mean over the last steps that were logged before the weights were written."""
+        return [each.loss for each in self.losses if each.step <= self.steps_done][-1]
 
     @property
     def perplexity_before(self) -> float | None:

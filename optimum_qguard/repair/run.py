@@ -18,17 +18,16 @@ from torch import Tensor
 from optimum_qguard.checkpoint import CheckpointError, CheckpointReader, open_checkpoint, transform_checkpoint
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
-from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.repair import loop
 from optimum_qguard.repair.anchor import Anchor, AnchorCallback
 from optimum_qguard.repair.blocks import Blocks, passes, token_blocks
 from optimum_qguard.repair.errors import RepairError
 from optimum_qguard.repair.recipe import Recipe
 from optimum_qguard.repair.report import Loss, RepairReport, Validation
+from optimum_qguard.repair.source import check_source, check_vocabulary, load_model, load_tokenizer
 from optimum_qguard.repair.stored import stored_tensors
 from optimum_qguard.repair.workspace import Workspace, workspace
 
-_LOGGED_EVERY = 10
 # Of a checkpoint: each weight and AdamW's two moments of it, in float32.
 _BYTES_PER_WEIGHT = 12
 
@@ -62,7 +61,7 @@ def repair_checkpoint(
             then the weights that were best on it.
         keep_at: the weights after these steps are written too, to ``out-STEP``.
         resume: go on from the last checkpoint of a run that was killed, if there is one. Model, text, block size,
-            ``accumulate`` and seed must be the same; the other settings may be others.
+            ``accumulate``, validation text and seed must be the same; the other settings may be others.
         overwrite: see `output_folder`; and what a killed run left is deleted, unless this one goes on from it.
         device: ``"cpu"``; by default an accelerator, if there is one.
         progress: gets how many steps are done, and of how many.
@@ -82,34 +81,42 @@ def repair_checkpoint(
     if anchor is not None:
         recipe.check_pull()
     reader = open_checkpoint(model)
-    _refuse(model, reader)
-    _check_length(reader, recipe.block_size)
+    check_source(model, reader, recipe.block_size)
     final = Path(out).expanduser()
-    kept = {step: final.with_name(f"{final.name}-{step}") for step in keep_at if 0 < step <= recipe.steps}
+    kept = _kept(final, keep_at, recipe.steps)
     check_output(final, reader.folder, overwrite=overwrite)
     for folder in kept.values():
         check_output(folder, reader.folder, overwrite=overwrite or resume)
-    tokenizer = _tokenizer(reader)
+    tokenizer = load_tokenizer(reader)
     size = recipe.block_size
     blocks = token_blocks(tokenizer, text, size)
     held_out = None if validation is None else token_blocks(tokenizer, validation, size, name="the validation text")
     repair = _Repair(model, reader, anchor, recipe, kept)
-    _check_vocabulary(repair.model, blocks)
-    check_space(final, _needed(repair, validated=held_out is not None))
+    for each in (blocks, held_out):
+        if each is not None:
+            check_vocabulary(repair.model, each)
     settings = {
         "model": str(reader.folder.resolve()),
-        "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
+        "text": _digest(blocks),
+        "validation text": None if held_out is None else _digest(held_out),
         "block size": size,
         "number of blocks in a step": recipe.accumulate,
         "seed": recipe.seed,
     }
     with workspace(final, resume=resume, overwrite=overwrite) as work:
         work.begin(settings, resume=resume)
+        _check_steps(work, recipe.steps)
+        check_space(final, _needed(repair, validated=held_out is not None) - work.size)
         try:
             step, history = repair.train(work, blocks, held_out, device, progress, overwrite=overwrite or resume)
             return repair.write(final, step, history, overwrite=overwrite)
         except loop.Diverged as error:
             raise RepairError(f"{error}; {_advice(work)}") from None
+        except KeyboardInterrupt:
+            if work.checkpoint is None:
+                raise
+            step = work.checkpoint[0]
+            raise KeyboardInterrupt(f"the checkpoint of step {step} is kept; go on from it with --resume") from None
         except torch.OutOfMemoryError as error:
             raise RepairError(
                 f"out of memory at blocks of {size} tokens; give a smaller block size, or dtype bfloat16"
@@ -137,7 +144,7 @@ class _Repair:
         self.kept = kept
         self.started = time.monotonic()
         self.name, self.revision = name_and_revision(name, reader)
-        self.model = _load(reader)
+        self.model = load_model(reader)
         stored_tensors(self.model, reader)  # raises what is to be known before training
         self.anchor_path = anchor
         self.anchor_name: str | None = None
@@ -170,7 +177,14 @@ class _Repair:
             steps = checkpoint[0]  # it was killed after it had stopped early
         trainer = loop.RepairTrainer(
             model=self.model,
-            args=_arguments(recipe, steps, work, held_out is not None, checkpoint is not None, device),
+            args=loop.training_arguments(
+                recipe,
+                work.folder,
+                steps=steps,
+                validated=held_out is not None,
+                resumed=checkpoint is not None,
+                device=device,
+            ),
             train_dataset=Blocks(blocks, passes(len(blocks), steps * recipe.accumulate, recipe.seed)),
             eval_dataset=None if held_out is None else Blocks(held_out),
             callbacks=[loop.Rate()],
@@ -241,85 +255,24 @@ class _Repair:
         )
 
 
-def _arguments(
-    recipe: Recipe, steps: int, work: Workspace, validated: bool, resumed: bool, device: str | None
-) -> transformers.TrainingArguments:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(work.folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=recipe.accumulate,
-        train_sampling_strategy="sequential",
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=recipe.dtype == "bfloat16",
-        seed=recipe.seed,
-        logging_first_step=True,
-        logging_steps=_LOGGED_EVERY,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if validated else "no",
-        eval_steps=recipe.evaluate_every,
-        eval_on_start=validated and not resumed,
-        prediction_loss_only=True,
-        save_strategy="steps" if recipe.checkpoint_every else "no",
-        save_steps=recipe.checkpoint_every or steps,
-        save_total_limit=1,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu" and torch.accelerator.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the trainer would make batches as many times larger
-    return arguments
+def _kept(final: Path, steps: Sequence[int], last: int) -> dict[int, Path]:
+    """Where the weights on the way are written to, by step."""
+    for step in steps:
+        if not 0 < step <= last:
+            raise RepairError(f"the weights after step {step} are to be kept, but steps are 1 to {last}")
+    return {step: final.with_name(f"{final.name}-{step}") for step in steps}
 
 
-def _refuse(model: str | Path, reader: CheckpointReader) -> None:
-    quantized = reader.quantization_config
-    if quantized is not None:
+def _digest(blocks: Tensor) -> str:
+    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_steps(work: Workspace, steps: int) -> None:
+    if work.checkpoint is not None and work.checkpoint[0] > steps:
         raise RepairError(
-            f"{reader.folder}: is quantized already ({quantized.get('quant_method', 'unknown method')}), so it cannot "
-            "be trained; name its full-precision original"
+            f"the checkpoint in {work.folder} is of step {work.checkpoint[0]} already, beyond the {steps} steps asked "
+            "for; give more, or begin again without --resume and with --overwrite"
         )
-    if protection(reader.file(MANIFEST_FILE)) is not None:
-        raise RepairError(
-            f"{model}: is protected against quantization, and trained it could not be turned back; turn it back first "
-            "with qguard decrypt"
-        )
-
-
-def _tokenizer(reader: CheckpointReader) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(reader.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepairError(f"{reader.folder}: has no tokenizer that transformers can load: {error}") from error
-
-
-def _load(reader: CheckpointReader) -> Any:
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            reader.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise RepairError(f"{reader.folder}: was not loaded as a causal language model: {error}") from error
-
-
-def _check_vocabulary(model: Any, blocks: Tensor) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if int(blocks.max()) >= vocabulary:
-        raise RepairError(
-            f"the tokenizer gave token {int(blocks.max())}, and the model knows {vocabulary}: they are of two models"
-        )
-
-
-def _check_length(reader: CheckpointReader, block_size: int) -> None:
-    positions = reader.config.get("max_position_embeddings", reader.config.get("n_positions"))
-    if isinstance(positions, int) and block_size > positions:
-        raise RepairError(f"block size is {block_size}, and the model reads {positions} tokens; give at most that many")
 
 
 def _needed(repair: _Repair, *, validated: bool) -> int:

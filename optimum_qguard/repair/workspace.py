@@ -38,6 +38,11 @@ class Workspace:
         found = [(step, path) for path in self.folder.glob("checkpoint-*") if (step := _step(path)) is not None]
         return max(found, default=None)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files in it."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Check that a run that goes on is the one that was begun, and write down what it is.
 

@@ -69,3 +69,10 @@ def test_a_new_verb_is_a_new_file(qguard: Callable[..., Any], monkeypatch: pytes
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     assert "Greet." in qguard("--help").out
     assert qguard("hello", "you").out == "hello you\n"
+
+
+def test_interrupted(qguard: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text("def command() -> None:\n    raise KeyboardInterrupt\n")
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    result = qguard("waiting")
+    assert (result.code, result.out, result.err) == (130, "", "qguard: interrupted\n")

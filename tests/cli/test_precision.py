@@ -1,5 +1,6 @@
 """``qguard precision allocate``: a map, what it gives, and files; or one clear line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_qguard import BitMap, PrecisionConfig
 from optimum_qguard.evaluate.perplexity import perplexity_and_kl
+from optimum_qguard.precision import sensitivity
 from optimum_qguard.precision.decoding import decoded
 
 TEXT = " ".join(f"w{3 + index * 7 % 500}" for index in range(200))
@@ -80,4 +82,32 @@ def test_refused(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path) 
     assert "a plot's name ends in" in refused(*command, 4, "--plot", tmp_path / "map.txt")
     assert "cannot be read as text" in refused(*command, 4, "--text", tmp_path / "none.txt")
     assert "has no tokenizer" in refused(*command, 4)
+    for option in ("--output", "--sensitivity"):
+        line = refused(*command, 4, option, tmp_path / "none" / "map.yaml")
+        assert f"{tmp_path / 'none' / 'map.yaml'}: no such folder" in line
     assert "no such folder" in refused("precision", "allocate", tmp_path / "none", "--bits", 4)
+
+
+def test_a_second_half_without_text_is_seen_before_measuring(
+    refused: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "half.txt").write_text(TEXT + " " * (len(TEXT) + 2))
+    options = ["--text", tmp_path / "half.txt", "--tokens", 32, "--sensitivity", tmp_path / "kept.json"]
+    refused("precision", "allocate", model, "--bits", 4, *options)
+
+
+def test_how_many_tokens(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than the text has; in whole sequences, and that is what is reported."""
+    command = ["precision", "allocate", model, "--bits", 4, "--text", tmp_path / "text.txt", "--json", "--tokens"]
+    assert "token(s) and 150 were asked for" in qguard(*command, 150).err
+    monkeypatch.setattr(sensitivity, "SEQUENCE", 32)
+    assert qguard(*command, 70).json["tokens"] == 64
+
+
+def test_quantized_already(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    line = refused("precision", "allocate", model, "--bits", 4)
+    assert line == f"qguard: {model}: is quantized already (gptq); name its full-precision original\n"

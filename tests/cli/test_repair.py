@@ -3,6 +3,8 @@
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +15,7 @@ from repair_models import save_clean, save_damaged, words
 from safetensors.torch import load_file
 
 from optimum_qguard.cli import repair as verb
+from optimum_qguard.repair import loop
 from optimum_qguard.repair.recipe import Recipe
 from optimum_qguard.repair.report import RepairReport
 
@@ -113,6 +116,33 @@ def test_the_help_shows_the_defaults(qguard: Callable[..., Any]) -> None:
     assert "--anchor" in result.out
 
 
+def test_interrupted(qguard: Callable[..., Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how to go on."""
+
+    def interrupt(_self: Any, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Progress, "on_step_end", interrupt)
+    options = ["--data", models / "text.txt", *FAST, "--checkpoint-every"]
+    result = qguard("repair", models / "damaged", tmp_path / "out", *options, 2)
+    assert (result.code, result.out) == (130, "")
+    first, second = result.err.splitlines()
+    assert first == "qguard: the checkpoint of step 2 is kept; go on from it with --resume"
+    assert second == "qguard: interrupted"
+    result = qguard("repair", models / "damaged", tmp_path / "out", *options, 0, "--overwrite")
+    assert (result.code, result.err) == (130, "qguard: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_libraries_print_while_they_are_imported_is_not_seen(models: Path, tmp_path: Path) -> None:
+    code = "import sys; from optimum_qguard.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "repair", models / "damaged", tmp_path / "out", "--steps", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "qguard: steps is 0; it is at least 1\n"
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "says"),
@@ -122,6 +152,7 @@ class TestBadInput:
             (["--block-size", "1000"], "block size is 1000, and the model reads 64 tokens"),
             (["--block-size", "60", "--data", "short.txt"], "has 5 tokens, and one block needs 60"),
             (["--data", "missing.txt"], "missing.txt: cannot be read as text"),
+            (["--data", "nowhere"], "the data set nowhere cannot be loaded (and there is no such file or folder)"),
             (["--keep-at", "2,x"], "--keep-at is steps with commas between, not '2,x'"),
             (["--anchor", "./nowhere"], "nowhere: no such folder or file"),
             (["--anchor", "other"], "proj"),

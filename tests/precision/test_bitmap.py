@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,28 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def test_json_is_plain_json(tmp_path: Path) -> None:
     BitMap({"*.mlp": 8, "*": None}).save(tmp_path / "map.json")
     assert json.loads((tmp_path / "map.json").read_text()) == {"*.mlp": 8, "*": None}
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    """As editors indent it, with tabs, which YAML does not allow; and a pattern that stands twice is seen."""
+    path = tmp_path / "map.json"
+    path.write_text('{\n\t"*.mlp":\t8,\n\t"*": null\n}\n')
+    assert BitMap.load(path) == BitMap({"*.mlp": 8, "*": None})
+    for text, says in [
+        ('{"*": 4, "*": 8}', "stands twice"),
+        ('{"*": 4,}', "is no bit map: it is not JSON"),
+        ('[["*", 4]]', "it is one mapping of patterns to bits"),
+        ("[]", "it is one mapping of patterns to bits"),
+        ("{}", "without patterns"),
+        ('{"*": {"bits": 4}}', "pattern '\\*' has .* bits; a width is a whole number"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(PrecisionError, match=says) as caught:
+            BitMap.load(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("patterns", [4, None, ["*"], [("*", 4, 8)], [4]])
+def test_what_is_no_map_at_all(patterns: Any) -> None:
+    with pytest.raises(PrecisionError, match="is no bit map: it is patterns and their bits"):
+        BitMap(patterns)

@@ -164,6 +164,7 @@ class TestEarlyStop:
         assert report.steps_done == best.step
         assert report.perplexity_after == best.perplexity
         assert report.steps_trained == best.step + 8 < 60
+        assert report.loss_after == {entry.step: entry.loss for entry in report.losses}[best.step]
         repair_checkpoint(damaged, tmp_path / "best", anchor=None, **{**narrow, "steps": best.step})
         assert same(tmp_path / "out", tmp_path / "best")
 
@@ -228,6 +229,10 @@ class TestResume:
             repair_checkpoint(damaged, tmp_path / "out", resume=True, seed=1, **options)
         with pytest.raises(RepairError, match="begun with another text"):
             repair_checkpoint(damaged, tmp_path / "out", resume=True, **{**options, "text": words(1000)})
+        with pytest.raises(RepairError, match="begun with another validation text"):
+            repair_checkpoint(damaged, tmp_path / "out", resume=True, **{**options, "validation": words(200, 4)})
+        with pytest.raises(RepairError, match="is of step 10 already, beyond the 9 steps asked for"):
+            repair_checkpoint(damaged, tmp_path / "out", resume=True, **{**options, "steps": 9})
         seen: list[int] = []
         report = repair_checkpoint(
             damaged, tmp_path / "out", resume=True, progress=lambda done, _: seen.append(done), **options
@@ -301,7 +306,7 @@ class TestNoNumber:
         shutil.rmtree(tmp_path / ".out.repair")
 
         repair_checkpoint(damaged, tmp_path / "all", **options)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="the checkpoint of step 10 is kept; go on from it with --resume"):
             repair_checkpoint(damaged, tmp_path / "out", progress=interrupt_at(11), **options)
         report = repair_checkpoint(damaged, tmp_path / "out", resume=True, **{**options, "learning_rate": 1e-30})
         assert report.recipe.learning_rate == 1e-30
@@ -337,6 +342,25 @@ class TestDisk:
                     damaged, tmp_path / "out", anchor=clean, **{**FAST, "checkpoint_every": checkpoint_every}
                 )
             assert list(tmp_path.iterdir()) == []
+
+    def test_what_a_killed_run_left_is_space(
+        self, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that had room for the run has room for it to go on."""
+        size = sum(tensor.numel() for tensor in weights(damaged).values())
+        options: dict[str, Any] = {**FAST, "checkpoint_every": 5, "anchor": None}
+        with pytest.raises(KeyboardInterrupt):
+            repair_checkpoint(damaged, tmp_path / "out", progress=interrupt_at(6), **options)
+
+        def on_a_disk(free: int) -> None:
+            usage = shutil._ntuple_diskusage(0, 0, free)
+            monkeypatch.setattr(output_module.shutil, "disk_usage", lambda _: usage)
+            repair_checkpoint(damaged, tmp_path / "out", resume=True, **options)
+
+        with pytest.raises(CheckpointError, match="no space"):
+            on_a_disk(12 * size)
+        assert (tmp_path / ".out.repair" / "checkpoint-5").is_dir()
+        on_a_disk(15 * size)
 
     @pytest.mark.parametrize(("share", "says"), [(0.5, "out: .*File too large"), (1.2, "out: no space left")])
     def test_writing_that_fails(self, share: float, says: str, damaged: Path, tmp_path: Path) -> None:
@@ -379,6 +403,9 @@ class TestBadInput:
             ({"device": "cuda:7"}, "device is 'cuda:7'"),
             ({"lambda_": 1}, "no option 'lambda_'; there are steps, strength"),
             ({"text": "w2 w3 w4"}, "the text has 3 tokens, and one block needs 32"),
+            ({"seed": 2**32}, "seed is 4294967296; it is at most 4294967295"),
+            ({"modules": ()}, "modules names none"),
+            ({"keep_at": [5, 21]}, "the weights after step 21 are to be kept, but steps are 1 to 20"),
             ({"validation": "w2"}, "the validation text has 1 tokens, and one block needs 32"),
         ],
     )
@@ -417,6 +444,9 @@ class TestBadInput:
         small = save_clean("llama", tmp_path / "small", vocab_size=50)
         with pytest.raises(RepairError, match="the tokenizer gave token 58, and the model knows 50"):
             repair_checkpoint(small, tmp_path / "out", anchor=None, **FAST)
+        low = {**FAST, "text": "w2 w3 w4 w5 " * 50}
+        with pytest.raises(RepairError, match="the tokenizer gave token 58, and the model knows 50"):
+            repair_checkpoint(small, tmp_path / "out", anchor=None, validation=TEXT, **low)
 
     def test_a_protected_model(self, clean: Path, damaged: Path, tmp_path: Path) -> None:
         shutil.copytree(damaged, tmp_path / "in")

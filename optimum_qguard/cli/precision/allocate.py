@@ -63,6 +63,7 @@ def command(
     from optimum_qguard.guard.plots import check_plot
     from optimum_qguard.precision.allocate import allocate, check_budget
     from optimum_qguard.precision.bitmap import BitMap, check_suffix
+    from optimum_qguard.precision.errors import PrecisionError
     from optimum_qguard.precision.sensitivity import measure_sensitivity
 
     check_budget(bits)
@@ -70,16 +71,19 @@ def command(
         check_suffix(output)
     if plot is not None:
         check_plot(plot)
+    for path in (output, sensitivity):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise PrecisionError(f"{path}: no such folder; make it, or name another")
     refuse_quantized(open_checkpoint(model))
     measured, held_out = _texts(text, tokens)
     formats: dict[str, Any] = {"group_size": group_size or None}
     with progress_bar(f"Measuring the layers of {model}") as update:
         loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
+        judge = Judge(loaded, tokenizer, held_out, max_tokens=tokens, **formats)
         found = measure_sensitivity(
             loaded, tokenizer, measured, tokens=tokens, cache=sensitivity, progress=update, **formats
         )
         allocation = allocate(found, bits)
-        judge = Judge(loaded, tokenizer, held_out, max_tokens=tokens, **formats)
         rows = [_row("full precision", None, None, judge.quality(None))]
         for width in sorted({math.floor(bits), math.ceil(bits)}):
             uniform = dict.fromkeys(allocation.widths, width)
@@ -92,7 +96,7 @@ def command(
         if plot is not None:
             plot_allocation(allocation, found, plot)
     if as_json:
-        content = {"model": model, "bits": bits, "tokens": tokens, "group_size": group_size or None}
+        content = {"model": model, "bits": bits, "tokens": found.tokens, "group_size": group_size or None}
         print_json({**content, "maps": rows, "bitmap": allocation.bitmap.to_dict()})
     else:
         _print(model, allocation, rows, [path for path in (output, plot) if path is not None])
