@@ -171,6 +171,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
             joint_loss(model, BATCH, widths, layers=layers, **options)
         with pytest.raises(PrecisionError, match=message):
             JointPrecisionTrainer(model, arguments(tmp_path), widths=widths, **options)
+    message = "a batch has input_ids and no labels; joint training needs them"
+    with pytest.raises(PrecisionError, match=message):
+        joint_loss(model, {"input_ids": ROWS}, (8, 4), layers=layers)
+    layers.remove()
+    unlabelled = [{"input_ids": row} for row in ROWS]
+    with pytest.raises(PrecisionError, match=message):
+        JointPrecisionTrainer(model, arguments(tmp_path), train_dataset=unlabelled).train()
+    layers = FakeQuantization(model)
     model.gradient_checkpointing_enable()
     with pytest.raises(PrecisionError, match="gradient checkpointing computes again in the backward pass"):
         joint_loss(model, BATCH, (8, 4), layers=layers)
