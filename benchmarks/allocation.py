@@ -8,7 +8,6 @@ that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from hand_made_maps import hand_made_maps
-from harness import RESULTS, argument_parser, print_table, write
+from harness import RESULTS, argument_parser, print_table, rows_of_others, write
 from tiny_gpt2 import END, tiny_gpt2
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -81,10 +80,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """All rows, written as they come."""
-    rows: list[dict[str, object]] = []
-    if arguments.resume and arguments.output.exists():
-        kept = json.loads(arguments.output.read_text())["rows"]
-        rows = [row for row in kept if row["model"] not in arguments.models]
+    rows = rows_of_others(arguments.output, arguments.models) if arguments.resume else []
     for name in arguments.models:
         subject = SUBJECTS[name]
         folder = subject.path()

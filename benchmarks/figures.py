@@ -59,7 +59,8 @@ def with_figures(markdown: str, results: Path) -> str:
 def figures(result: Mapping[str, Any]) -> str:
     """One result as Markdown: its table, and on what it was measured."""
     machine = result["machine"]
-    hardware = [machine["cpu"], f"{machine['cores']} cores", machine["memory"], machine["gpu"]]
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
+    hardware = [machine["cpu"], cores, machine["memory"], machine["gpu"]]
     versions = [f"{package} {version}" for package, version in result["versions"].items() if package in _NAMED_VERSIONS]
     measured = ", ".join([*filter(None, hardware), *versions])
     table = _TABLES.get(result["name"], full_table)
