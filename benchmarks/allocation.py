@@ -64,7 +64,7 @@ def _questions(split: SquadSplit) -> Callable[[int], str]:
 
 SUBJECTS: Mapping[str, Subject] = {
     "SmolLM2": Subject(lambda: smollm2_path(off_grid=True), _prose("training"), _prose("evaluation"), (128, 1024)),
-    "GPT-2": Subject(tiny_gpt2, _questions("train"), _questions("validation"), (4000, 8000)),
+    "GPT-2": Subject(tiny_gpt2, _questions("train"), _questions("validation"), (2000, 4000)),
 }
 
 
