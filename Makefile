@@ -23,8 +23,9 @@ GPTQMODEL_NEEDS := datasets defuser device-smi jinja2 logbar ninja packaging pil
 	threadpoolctl tokenicer
 
 # What benchmarks import, and llm_compressor.py, which needs an environment of its own.
-NOT_IN_BENCH := attacked_smollm2.py collapse_formats.py damaged_models.py divergence.py figures.py hand_made_maps.py \
-	harness.py kv_cache.py llamacpp.py fuzz_headers.py llm_compressor.py random_llama.py scan_zoo.py
+NOT_IN_BENCH := attacked_answers.py attacked_smollm2.py collapse_formats.py damaged_models.py divergence.py figures.py \
+	hand_made_maps.py harness.py kv_cache.py llamacpp.py fuzz_headers.py llm_compressor.py random_llama.py scan_zoo.py \
+	tiny_gpt2.py
 
 .PHONY: demo test test-fast lint bench figures clean
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from hand_made_maps import hand_made_maps
-from harness import RESULTS, argument_parser, print_table, write
+from harness import RESULTS, argument_parser, print_table, rows_of_others, write
+from tiny_gpt2 import END, tiny_gpt2
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -24,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_qguard.evaluate import smollm2_path, standard_library_text
 from optimum_qguard.evaluate.bitmaps import Judge
 from optimum_qguard.evaluate.cache import cache_folder
+from optimum_qguard.evaluate.generated_squad import SquadSplit, generated_passages
 from optimum_qguard.evaluate.loading import load_tokenizer
 from optimum_qguard.precision.allocate import allocate
 from optimum_qguard.precision.bitmap import BitMap
@@ -39,19 +41,30 @@ class Subject:
     Attributes:
         path: makes it, if it is not there, and gives its folder.
         measured, held_out: text of at least so many tokens.
+        tokens: of the text that sensitivity is measured on, and of the one that maps are compared on.
     """
 
     path: Callable[[], Path]
     measured: Callable[[int], str]
     held_out: Callable[[int], str]
+    tokens: tuple[int, int]
 
 
 def _prose(split: Any) -> Callable[[int], str]:
     return lambda tokens: standard_library_text(8 * tokens, split)
 
 
+def _questions(split: SquadSplit) -> Callable[[int], str]:
+    """Answered, as `tiny_gpt2` was trained on them; each has more than ten tokens."""
+    return lambda tokens: "".join(
+        f"{passage.prompt} {passage.answers[0]}{END}"
+        for passage in generated_passages(tokens // 10 + 1, seed=10**7, split=split)
+    )
+
+
 SUBJECTS: Mapping[str, Subject] = {
-    "SmolLM2": Subject(lambda: smollm2_path(off_grid=True), _prose("training"), _prose("evaluation")),
+    "SmolLM2": Subject(lambda: smollm2_path(off_grid=True), _prose("training"), _prose("evaluation"), (128, 1024)),
+    "GPT-2": Subject(tiny_gpt2, _questions("train"), _questions("validation"), (2000, 4000)),
 }
 
 
@@ -59,10 +72,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argument_parser(__doc__, RESULTS / "allocation.json")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--tokens", type=int, default=128, help="of the text that sensitivity is measured on")
-    parser.add_argument(
-        "--held-out", type=int, default=1024, help="how many tokens of another the maps are compared on"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --output has of other models")
     disable_progress_bar()
     logging.disable(logging.ERROR)
     measure(parser.parse_args())
@@ -70,14 +80,15 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """All rows, written as they come."""
-    rows: list[dict[str, object]] = []
+    rows = rows_of_others(arguments.output, arguments.models) if arguments.resume else []
     for name in arguments.models:
         subject = SUBJECTS[name]
         folder = subject.path()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device).eval()
         tokenizer = load_tokenizer(folder)
-        judge = Judge(model, tokenizer, subject.held_out(arguments.held_out), max_tokens=arguments.held_out)
-        sensitivity = _sensitivity(name, model, tokenizer, subject.measured(arguments.tokens), arguments.tokens)
+        n_measured, n_held_out = subject.tokens
+        judge = Judge(model, tokenizer, subject.held_out(n_held_out), max_tokens=n_held_out)
+        sensitivity = _sensitivity(name, model, tokenizer, subject.measured(n_measured), n_measured)
         maps = {**hand_made_maps(model), **{f"uniform {bits}": BitMap({"*": bits}) for bits in UNIFORM}}
         for title, bitmap in tqdm(maps.items(), desc=f"{name}: maps", leave=False):
             budget = bitmap.average_bits(model)

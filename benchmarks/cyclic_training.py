@@ -146,7 +146,6 @@ def _arguments(folder: str, learning_rate: float) -> TrainingArguments:
         learning_rate=learning_rate,
         warmup_steps=10,
         weight_decay=0.01,
-        bf16=True,
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         save_strategy="no",

@@ -59,7 +59,8 @@ def with_figures(markdown: str, results: Path) -> str:
 def figures(result: Mapping[str, Any]) -> str:
     """One result as Markdown: its table, and on what it was measured."""
     machine = result["machine"]
-    hardware = [machine["cpu"], f"{machine['cores']} cores", machine["memory"], machine["gpu"]]
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
+    hardware = [machine["cpu"], cores, machine["memory"], machine["gpu"]]
     versions = [f"{package} {version}" for package, version in result["versions"].items() if package in _NAMED_VERSIONS]
     measured = ", ".join([*filter(None, hardware), *versions])
     table = _TABLES.get(result["name"], full_table)
@@ -222,20 +223,23 @@ def accuracy_table(rows: Rows) -> str:
 
 
 def precision_table(rows: Rows) -> str:
-    """A table for each model and attack: defences under each attacker, with intervals."""
-    shown = ("clean F1", "adversarial F1", "change", "success rate", "adversarial F1 - static 8-bit")
+    """A table for each model and attack: defences down, F1 under each attacker across, with intervals."""
+    attackers, strongest = ("full precision", "the defended model", "all its widths"), "what hurts most"
     parts = []
     for model, attack in dict.fromkeys((row["model"], row["attack"]) for row in rows):
         here = [row for row in rows if (row["model"], row["attack"]) == (model, attack)]
-        body = [
-            [row["defence"], row["attacker uses"], *(with_interval(row, column) for column in shown)]
-            for row in sorted(
-                here, key=lambda row: list(dict.fromkeys(row["defence"] for row in here)).index(row["defence"])
-            )
-        ]
+        by_cell = {(row["defence"], row["attacker uses"]): row for row in here}
+        body = []
+        for defence in dict.fromkeys(row["defence"] for row in here):
+            worst = by_cell[defence, strongest]
+            found = [by_cell.get((defence, attacker)) for attacker in attackers]
+            attacked = ["" if row is None else with_interval(row, "adversarial F1") for row in found]
+            difference = with_interval(worst, "adversarial F1 - static 8-bit")
+            body.append([defence, with_interval(worst, "clean F1"), *attacked, difference])
+        head = ["defence", "clean", *(f"attacked by the gradients of {attacker}" for attacker in attackers)]
         parts.append(
-            f"{model}, {attack}, {here[0]['questions']} questions\n\n"
-            f"{_markdown(['defence', 'attacker uses the gradients of', *shown], body)}"
+            f"{model}, {attack}, {here[0]['questions']} questions: F1 and its 95 % interval\n\n"
+            f"{_markdown([*head, 'under what hurts most, less that of static 8-bit'], body)}"
         )
     return "\n".join(parts)
 
@@ -368,6 +372,43 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
+def allocation_table(rows: Rows) -> str:
+    """A table for each model: maps down, their divergence and the allocated map's."""
+    shown = {
+        "bits": "average bits",
+        "KL": "KL divergence",
+        "allocated KL": "allocated: KL divergence",
+        "allocated KL / KL": "ratio",
+        "perplexity": "perplexity",
+        "allocated perplexity": "allocated: perplexity",
+    }
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        body = [[row["map"], *(row[column] for column in shown)] for row in rows if row["model"] == model]
+        parts.append(f"{model}\n\n{_markdown(['map', *shown.values()], body)}")
+    return "\n".join(parts)
+
+
+def cyclic_table(rows: Rows) -> str:
+    """Ways of training down, F1 at each width across in percent: means over seeds, and the lowest and highest."""
+    columns = [column for column in rows[0] if column.startswith("F1")]
+    body: list[list[object]] = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        runs = [row for row in rows if row["way"] == way]
+        body.append([way, len(runs), *(_percent([row[column] for row in runs]) for column in columns)])
+    head = [
+        "trained",
+        "seeds",
+        *(f"{column} bits" if column[-1].isdigit() else f"{column} precision" for column in columns),
+    ]
+    return f"{rows[0]['questions']} questions, {rows[0]['steps']} steps\n\n{_markdown(head, body)}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    spread = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
+
+
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "repair_table": repair_table,
     "repair_step": step_table,
@@ -383,6 +424,8 @@ _TABLES: Mapping[str, Callable[[Rows], str]] = {
     "nested_quality": nested_quality_table,
     "nested_speed": nested_speed_table,
     "nested_memory": nested_memory_table,
+    "allocation": allocation_table,
+    "cyclic_training": cyclic_table,
 }
 
 

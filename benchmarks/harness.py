@@ -20,13 +20,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -121,6 +122,12 @@ def write(name: str, rows: Sequence[Row], output: Path, sections: Mapping[str, o
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     partial.replace(output)
+
+
+def rows_of_others(output: Path, models: Collection[str]) -> list[dict[str, Any]]:
+    """The rows that ``output`` has of models that are not to be measured again; none where it is not there."""
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    return [row for row in rows if row["model"] not in models]
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -18,7 +18,7 @@ import torch
 from attacked_answers import ADAPTIVE, CLEAN, ITSELF, TRANSFERRED, Budget, Defence, Subject, forget_runs
 from cyclic_training import cyclic_gpt2
 from figures import with_interval
-from harness import RESULTS, argument_parser, print_table, write
+from harness import RESULTS, argument_parser, print_table, rows_of_others, write
 from tiny_gpt2 import tiny_gpt2, validation_passages
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
@@ -91,7 +91,9 @@ def main() -> None:
     parser = argument_parser(__doc__, RESULTS / "precision_table.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name != "SmolLM2"])
     parser.add_argument("--questions", type=int, default=600, help="for each model")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that were measured before")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep runs that were measured before, and other models' rows of --output"
+    )
     parser.add_argument("--table-only", action="store_true", help="measure nothing, make the table of what there is")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process")
     arguments = parser.parse_args()
@@ -100,7 +102,7 @@ def main() -> None:
     logging.disable(logging.ERROR)
     if not (arguments.resume or arguments.table_only):
         forget_runs()
-    rows: list[Row] = []
+    rows = rows_of_others(arguments.output, arguments.models) if arguments.resume else []
     for name in arguments.models:
         rows += model_rows(name, arguments.questions, arguments.device, only_kept=arguments.table_only)
         if rows:

@@ -24,6 +24,7 @@ from optimum_qguard.evaluate.squad import Passage, squad
 from optimum_qguard.precision.fake_quantization import FakeQuantization
 
 LAYERS, HEADS, WIDTH = 4, 4, 128
+POSITIONS = 80  # its questions have at most 63 tokens with their answers
 STEPS, BATCH, LEARNING_RATE = 2000, 32, 2e-3
 CONTEXT_WEIGHT = 0.1  # what a token of the prompt counts in the loss, beside 1 of the answer
 END = "<|endoftext|>"
@@ -86,9 +87,8 @@ def _rate(step: int) -> float:
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     inputs, labels = batch["input_ids"], batch["labels"][:, 1:]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(inputs, attention_mask=batch["attention_mask"]).logits[:, :-1]
-    losses = functional.cross_entropy(logits.float().transpose(1, 2), inputs[:, 1:], reduction="none")
+    logits = model(inputs, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    losses = functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
     weights = torch.where(labels != -100, 1.0, CONTEXT_WEIGHT) * batch["attention_mask"][:, 1:]
     return (losses * weights).sum() / weights.sum()
 
@@ -115,7 +115,7 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> Any:
         n_layer=LAYERS,
         n_head=HEADS,
         n_embd=WIDTH,
-        n_positions=256,
+        n_positions=POSITIONS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -125,7 +125,7 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> Any:
         pad_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    angles = torch.arange(256.0)[:, None] * 10_000 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
+    angles = torch.arange(float(POSITIONS))[:, None] * 10_000 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
     with torch.no_grad():
         model.transformer.wpe.weight.copy_(0.1 * torch.cat([angles.sin(), angles.cos()], 1))
     return model

@@ -81,3 +81,10 @@ def test_write_says_where_and_with_what_it_was_measured(tmp_path: Path) -> None:
     assert {"python", "torch", "transformers"} <= set(result["versions"])
     assert result["rows"] == [{"format": "int8", "ratio": 1.1}]
     assert [path.name for path in output.parent.iterdir()] == ["example.json"]
+
+
+def test_rows_of_models_that_are_not_measured_again(tmp_path: Path) -> None:
+    output = tmp_path / "table.json"
+    assert harness.rows_of_others(output, ["a"]) == []
+    harness.write("table", [{"model": "a", "x": 1}, {"model": "b", "x": 2}], output)
+    assert harness.rows_of_others(output, ["a", "c"]) == [{"model": "b", "x": 2}]

@@ -125,4 +125,7 @@ def _parse(row: Mapping[str, Any], source: str | Path) -> Passage:
         raise EvaluationError(
             f"{source} has the columns {', '.join(row)}; SQuAD's are needed (context, question, answers)"
         )
-    return Passage(row["context"], row["question"], tuple(row["answers"]["text"]))
+    answers = row["answers"]
+    if not isinstance(answers, Mapping) or not isinstance(answers.get("text"), (list, tuple)):
+        raise EvaluationError(f"{source}: answers are {answers!r}; SQuAD's are {{'text': […], 'answer_start': […]}}")
+    return Passage(row["context"], row["question"], tuple(answers["text"]))

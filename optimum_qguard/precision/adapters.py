@@ -37,9 +37,7 @@ class WidthAdapters:
         try:
             from peft import get_peft_model
         except ImportError as error:
-            raise ImportError(
-                "adapters need peft; run: pip install 'optimum-qguard[precision]'", name="peft"
-            ) from error
+            raise ImportError("adapters need peft; run: pip install 'optimum-qguard[adapters]'", name="peft") from error
         self.widths = tuple(sorted(set(widths)))
         self.model: Any = get_peft_model(model, config, adapter_name=adapter_name(self.widths[0]))
         for bits in self.widths[1:]:

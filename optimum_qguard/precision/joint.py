@@ -42,8 +42,8 @@ def joint_loss(
         adapters: of this model; switched with the width.
 
     Raises:
-        PrecisionError: see above; the model recomputes activations in the backward pass (gradient checkpointing), where
-            the widths of the forward pass are over; a width without an adapter.
+        PrecisionError: see above; no labels; the model recomputes activations in the backward pass (gradient
+            checkpointing), where the widths of the forward pass are over; a width without an adapter.
     """
     _check(widths, consistency, adapters)
 
@@ -51,7 +51,7 @@ def joint_loss(
         outputs = model(**batch)
         return outputs.loss, outputs
 
-    labels = batch["labels"][:, 1:]
+    labels = _predicted(batch)
     return _joint(model, run, labels, (labels != -100).sum(), widths, layers, consistency, adapters)
 
 
@@ -105,7 +105,7 @@ class JointPrecisionTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         if self._layers is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
+        labels = _predicted(inputs)
         n_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         last: Any = None
 
@@ -128,7 +128,7 @@ def _joint(
     consistency: float,
     adapters: WidthAdapters | None,
 ) -> Tensor:
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise PrecisionError(
             "gradient checkpointing computes again in the backward pass, when the widths of the forward pass are over; "
             "train jointly without it"
@@ -149,6 +149,16 @@ def _joint(
                 divergence = functional.kl_div(predictions, reference, reduction="sum", log_target=True)
                 terms.append(consistency * divergence / n_tokens)
     return torch.stack(terms).sum()
+
+
+def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+    """The labels that a causal model has predictions for, ``(batch, tokens - 1)``."""
+    if "labels" not in batch:
+        raise PrecisionError(
+            f"a batch has {', '.join(batch)} and no labels; joint training needs them (input_ids, -100 where nothing "
+            "is to be learned), from the data set or its collator"
+        )
+    return batch["labels"][:, 1:]
 
 
 def _check(widths: Sequence[int], consistency: float, adapters: WidthAdapters | None) -> None:

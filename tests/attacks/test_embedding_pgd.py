@@ -113,17 +113,19 @@ def test_the_seed_decides_where_it_starts(model: GPT2LMHeadModel, batch: dict[st
     assert not torch.equal(first, other)
 
 
-def test_gradients_are_averaged_over_views(model: GPT2LMHeadModel, batch: dict[str, Tensor]) -> None:
-    @contextmanager
-    def scaled(factor: float) -> Iterator[None]:
-        weight = model.transformer.h[0].mlp.c_fc.weight.data
-        weight.mul_(factor)
-        yield
-        weight.div_(factor)
+@contextmanager
+def scaled(model: GPT2LMHeadModel, factor: float) -> Iterator[None]:
+    """One of its weights times ``factor``."""
+    weight = model.transformer.h[0].mlp.c_fc.weight.data
+    weight.mul_(factor)
+    yield
+    weight.div_(factor)
 
+
+def test_gradients_are_averaged_over_views(model: GPT2LMHeadModel, batch: dict[str, Tensor]) -> None:
     embeddings = model.transformer.wte(batch["input_ids"]).detach()
     inputs = (model, embeddings, batch["attention_mask"], batch["labels"])
-    views = [partial(scaled, factor) for factor in (1.0, 0.5, 4.0)]
+    views = [partial(scaled, model, factor) for factor in (1.0, 0.5, 4.0)]
     model.eval()
     each = [loss_and_gradient(*inputs, [view]) for view in views]
     losses, gradient = loss_and_gradient(*inputs, views)
@@ -132,6 +134,16 @@ def test_gradients_are_averaged_over_views(model: GPT2LMHeadModel, batch: dict[s
     torch.testing.assert_close(mean_loss(*inputs, views), losses)
     assert not torch.allclose(each[0][1], each[2][1], rtol=0.1)
     assert torch.equal(loss_and_gradient(*inputs)[1], each[0][1]), "no views: the model as it is"
+
+
+def test_a_step_follows_the_average_of_the_views(model: GPT2LMHeadModel, batch: dict[str, Tensor]) -> None:
+    views = [partial(scaled, model, factor) for factor in (1.0, 4.0)]
+    clean = model.transformer.wte(batch["input_ids"]).detach()
+    model.eval()
+    _, gradient = loss_and_gradient(model, clean, batch["attention_mask"], batch["labels"], views)
+    found = embedding_pgd(model, **batch, epsilon=0.01, steps=1, step_size=0.01, random_start=False, views=views)
+    size = 0.01 * model.transformer.wte.weight.detach().square().mean().sqrt()
+    torch.testing.assert_close(found - clean, size * gradient.sign() * batch["mask"][..., None], rtol=1e-3, atol=1e-6)
 
 
 def test_the_model_stays_as_it_was(model: GPT2LMHeadModel, batch: dict[str, Tensor]) -> None:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from allocation import SUBJECTS, Subject
 from hand_made_maps import hand_made_maps
+from tiny_gpt2 import _tokenizer
 from tiny_models import save_tokenizer, tiny_model
+from transformers import AutoTokenizer
 
+from optimum_qguard.evaluate import smollm2_path
 from optimum_qguard.evaluate.perplexity import kl_divergence
 from optimum_qguard.precision.decoding import decoded
 
@@ -28,15 +31,17 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     monkeypatch.setenv("OPTIMUM_QGUARD_CACHE", str(tmp_path / "cache"))
-    made = Subject(lambda: tmp_path / "model", words(0), words(3))
+    made = Subject(lambda: tmp_path / "model", words(0), words(3), (48, 64))
     monkeypatch.setattr(allocation, "SUBJECTS", {"tiny": made})
     return made
 
 
 def test_rows(subject: Subject, tmp_path: Path) -> None:
     output = tmp_path / "allocation.json"
-    allocation.measure(Namespace(models=["tiny"], tokens=48, held_out=64, device="cpu", output=output))
-    rows = json.loads(output.read_text())["rows"]
+    output.write_text('{"rows": [{"model": "another"}, {"model": "tiny"}]}')
+    allocation.measure(Namespace(models=["tiny"], device="cpu", output=output, resume=True))
+    another, *rows = json.loads(output.read_text())["rows"]
+    assert another == {"model": "another"}, "rows of models that were not asked for are kept"
     assert len(rows) == 14
     for row in rows:
         assert row["allocated bits"] <= row["bits"] + 1e-9
@@ -75,5 +80,10 @@ def test_hand_made_maps(name: str, blocks: str) -> None:
             assert (bits == 8) is any(f"{blocks}.{index}." in layer for index in wide)
 
 
-def test_the_models_are_there() -> None:
-    assert "SmolLM2" in SUBJECTS
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_texts_are_two_and_long_enough(name: str) -> None:
+    subject = SUBJECTS[name]
+    texts = [text(n) for text, n in zip((subject.measured, subject.held_out), subject.tokens, strict=True)]
+    tokenize = _tokenizer() if name == "GPT-2" else AutoTokenizer.from_pretrained(smollm2_path())
+    assert all(len(tokenize(text).input_ids) >= n for text, n in zip(texts, subject.tokens, strict=True))
+    assert texts[0] != texts[1]

@@ -235,3 +235,37 @@ def test_nested_memory_leaves_out_what_was_not_measured() -> None:
         "to another width ms": 0.0123,
     }
     assert figures.nested_memory_table([row]).splitlines()[-1] == "| packed | 3 | 700 |  | 0.012 |"
+
+
+def test_allocated_maps_are_beside_hand_made_ones() -> None:
+    row = {
+        "model": "SmolLM2",
+        "map": "C1",
+        "bits": 8.0,
+        "KL": 0.25,
+        "perplexity": 14.0,
+        "allocated bits": 7.9,
+        "allocated KL": 0.125,
+        "allocated perplexity": 13.5,
+        "allocated KL / KL": 0.5,
+        "predicted KL": 9.0,
+    }
+    table = figures.allocation_table([row, {**row, "model": "GPT-2", "map": "C2"}])
+    assert table.startswith("SmolLM2\n\n| map | average bits | KL divergence | allocated: KL divergence | ratio |")
+    assert table.splitlines()[4] == "| C1 | 8 | 0.25 | 0.125 | 0.5 | 14 | 13.5 |"
+    assert table.splitlines()[6] == "GPT-2"
+    assert table.splitlines()[-1].startswith("| C2 | 8 |")
+
+
+def test_ways_of_training_are_means_over_seeds() -> None:
+    row = {"way": "cyclic, cosine", "seed": 0, "steps": 240, "questions": 500, "F1 at full": 0.75, "F1 at 3": 0.5,
+           "EM at 3": 0.4}  # fmt: skip
+    table = figures.cyclic_table([{**row, "way": "before"}, row, {**row, "seed": 1, "F1 at 3": 0.6}])
+    assert table.splitlines() == [
+        "500 questions, 240 steps",
+        "",
+        "| trained | seeds | F1 at full precision | F1 at 3 bits |",
+        "| --- | --- | --- | --- |",
+        "| before | 1 | 75.0 | 50.0 |",
+        "| cyclic, cosine | 2 | 75.0 (75.0 to 75.0) | 55.0 (50.0 to 60.0) |",
+    ]

@@ -68,7 +68,18 @@ def test_rows(clean: dict[str, Tensor], attacked: dict[tuple[str, str, str], Ten
     assert (tmp_path / "table.png").stat().st_size > 1000
     machine = {"cpu": "a", "cores": 1, "memory": "1 GiB", "gpu": None}
     result = {"name": "precision_table", "date": "now", "machine": machine, "versions": {}, "rows": rows}
-    assert f"| {SWITCH} | {ADAPTIVE} |" in figures(result)
+    shown = figures(result)
+    assert (
+        "| defence | clean | attacked by the gradients of full precision | attacked by the gradients of the defended "
+        "model | attacked by the gradients of all its widths | under what hurts most, less that of static 8-bit |"
+    ) in shown
+    compared = compact(by_cell[SWITCH, STRONGEST])
+    cells = [compact(by_cell[SWITCH, each])["adversarial F1"] for each in KNOWLEDGE]
+    assert " | ".join([SWITCH, compared["clean F1"], *cells, compared["adversarial F1 - static 8-bit"]]) in shown
+    static = [compact(by_cell[REFERENCE, each])["adversarial F1"] for each in KNOWLEDGE[:2]]
+    assert f"{static[0]} | {static[1]} |  |  |" in shown, (
+        "a static model has no other widths, and nothing to differ from"
+    )
 
 
 def test_what_hurts_most_is_the_lowest_mean(attacked: dict[tuple[str, str, str], Tensor]) -> None:

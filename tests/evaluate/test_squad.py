@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_qguard.evaluate.errors import EvaluationError
 from optimum_qguard.evaluate.generation import generate_answers
 from optimum_qguard.evaluate.squad import load_squad, squad, squad_score
-
-pytest.importorskip("torchmetrics")
-datasets = pytest.importorskip("datasets")
 
 ROWS = [
     {
@@ -100,6 +98,7 @@ def test_bad_input(tmp_path: Path, model: LlamaForCausalLM, tokenizer: PreTraine
     rows: list[tuple[list[dict[str, Any]], str]] = [
         ([{"text": "no columns of SQuAD's"}], "has the columns text; SQuAD's are needed"),
         (ROWS[1:2], "no question has an answer"),
+        ([{**ROWS[0], "answers": ["the ninth century"]}], r"answers are \['the ninth century'\]; SQuAD's are \{'text'"),
     ]
     for content, message in rows:
         path.write_text(json.dumps(content))

@@ -1,8 +1,10 @@
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_cyclic import Tokens, arguments, gpt2, labels_of, llama, train
 from transformers import Trainer
 
@@ -81,9 +83,8 @@ def test_the_trainer_steps_along_it(accumulate: int, tmp_path: Path) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def _config() -> Any:
-    peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+def _config() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
 
 
 def _adapter_weights(model: Any) -> dict[int, torch.Tensor]:
@@ -170,9 +171,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
             joint_loss(model, BATCH, widths, layers=layers, **options)
         with pytest.raises(PrecisionError, match=message):
             JointPrecisionTrainer(model, arguments(tmp_path), widths=widths, **options)
+    message = "a batch has input_ids and no labels; joint training needs them"
+    with pytest.raises(PrecisionError, match=message):
+        joint_loss(model, {"input_ids": ROWS}, (8, 4), layers=layers)
+    layers.remove()
+    unlabelled = [{"input_ids": row} for row in ROWS]
+    with pytest.raises(PrecisionError, match=message):
+        JointPrecisionTrainer(model, arguments(tmp_path), train_dataset=unlabelled).train()
+    layers = FakeQuantization(model)
     model.gradient_checkpointing_enable()
     with pytest.raises(PrecisionError, match="gradient checkpointing computes again in the backward pass"):
         joint_loss(model, BATCH, (8, 4), layers=layers)
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"adapters need peft; run: pip install 'optimum-qguard\[adapters\]'"):
+        WidthAdapters(gpt2(), (4,), config)
 
 
 def test_adapters_that_are_missing(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def command(
     sensitivity: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file to keep measurements in: other budgets then take seconds, and a run that was stopped goes "
+            help="JSON file to keep measurements in: other budgets then need none, and a run that was stopped goes "
             "on where it was.",
             show_default=False,
         ),
