@@ -1,6 +1,6 @@
 """What an anchor costs in each training step, in time and memory; the same for the paper's way of holding weights.
 
-All of it is training by transformers' ``Trainer`` as `qguard repair` sets it up: float32 weights, passes in bfloat16.
+All of it is training by transformers' ``Trainer`` as `qguard repair` sets it up: float32 weights; on CUDA, passes in bfloat16.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def train(
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=recipe.warmup_steps,
             weight_decay=0.0,
-            bf16=True,
+            bf16=device != "cpu",
             use_cpu=device == "cpu",
             dataloader_pin_memory=device != "cpu",
             save_strategy="no",
@@ -198,8 +198,8 @@ def _now() -> float:
 def main() -> None:
     """Measure, write and print."""
     parser = argument_parser(__doc__, RESULTS / "repair_step.json")
-    parser.add_argument("--block-size", type=int, nargs="+", default=[128, 1024], metavar="N", help="tokens")
-    parser.add_argument("--steps", type=int, default=10, help="timed for each side")
+    parser.add_argument("--block-size", type=int, nargs="+", default=[128, 512], metavar="N", help="tokens")
+    parser.add_argument("--steps", type=int, default=5, help="timed for each side")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for block_size in arguments.block_size:
