@@ -1,6 +1,7 @@
 """What an anchor costs in each training step, in time and memory; the same for the paper's way of holding weights.
 
-All of it is training by transformers' ``Trainer`` as `qguard repair` sets it up: float32 weights; on CUDA, passes in bfloat16.
+All of it is training by transformers' ``Trainer`` as `qguard repair` sets it up: float32 weights, and on CUDA passes in
+bfloat16.
 """
 
 from __future__ import annotations
