@@ -1,6 +1,7 @@
 """How runs become rows; that attackers get what the table says; the runs themselves are the benchmark."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import attacked_answers
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from optimum_qguard.evaluate.generated_squad import generated_passages
 from optimum_qguard.evaluate.interval import Interval, bootstrap
+from optimum_qguard.evaluate.robustness import attack_questions, pgd
+from optimum_qguard.precision.switch import bits
 
 QUESTIONS = 40
 GROUPS = torch.arange(QUESTIONS) // 4
@@ -125,6 +128,10 @@ def test_a_subject_is_attacked_where_it_should_be(tmp_path: Path, monkeypatch: p
     prompts = [torch.cat(subject._prompts(switch, "PGD", knowledge)) for knowledge in KNOWLEDGE]
     assert not any(torch.equal(prompts[one], prompts[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
     assert torch.equal(torch.cat(subject._prompts(Defence((8,)), "PGD", TRANSFERRED)), prompts[0])
+    views = [partial(bits, subject.nested, width) for width in (2, 8)]
+    attack = pgd(epsilon=0.3, steps=2, views=views)
+    expected = attack_questions(subject.nested, subject.tokenizer, subject.questions, attack)
+    assert torch.equal(prompts[2], torch.cat(expected)), "the average over all widths"
     lengths = [len(question.prompt) for question in subject.questions]
     assert lengths == sorted(lengths)
     scores = subject.scores(switch, CLEAN, "")
