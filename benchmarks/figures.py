@@ -256,12 +256,11 @@ def repair_table(rows: Rows) -> str:
     parts = []
     for model, ratio in dict.fromkeys((row["model"], row["ratio"]) for row in rows):
         found = [row for row in rows if (row["model"], row["ratio"]) == (model, ratio)]
-        seeds = len({row["seed"] for row in found})
-        sigma = statistics.fmean(row["sigma"] for row in found)
+        sigma = statistics.fmean({row["seed"]: row["sigma"] for row in found}.values())
         steps = f"steps of {found[0]['block']} tokens"
         parts.append(
-            f"{model}: noise for a perplexity ratio of {ratio:.2f} (standard deviation {sigma:.2g}, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}), {steps}\n\n{_repaired(found)}"
+            f"{model}: noise for a perplexity ratio of {ratio:.2f} (standard deviation {sigma:.2g}), "
+            f"{steps}\n\n{_repaired(found)}"
         )
     return "\n".join(parts)
 
@@ -271,7 +270,7 @@ def _repaired(rows: Rows) -> str:
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     texts = {"": "{}", "other text, ": "other text, {}"}
     columns = [(prefix, precision) for prefix in texts for precision in precisions]
-    head = ["", "strength", "steps", *(texts[prefix].format(precision) for prefix, precision in columns)]
+    head = ["", "strength", "steps", "seeds", *(texts[prefix].format(precision) for prefix, precision in columns)]
     head += ["distance", "prompts better", "in order", "variance"]
 
     def mean(chosen: Rows, column: str) -> float | None:
@@ -279,13 +278,14 @@ def _repaired(rows: Rows) -> str:
         return statistics.fmean(values) if values else None
 
     body: list[list[object]] = []
+    seeds = {(row["seed"], row["precision"]): row for row in rows}  # what was there before any repair, once each
     for side in ("clean", "attacked"):
         cells = [
-            f"{mean([row for row in rows if row['precision'] == precision], f'{prefix}{side}'):.2f}"
+            f"{mean([row for (_, each), row in seeds.items() if each == precision], f'{prefix}{side}'):.2f}"
             for prefix, precision in columns
         ]
-        away = 0.0 if side == "clean" else mean(rows, "attacked distance")
-        body.append([side, "", "", *cells, f"{away:.1f}", "", "", ""])
+        away = 0.0 if side == "clean" else mean(list(seeds.values()), "attacked distance")
+        body.append([side, "", "", len(seeds) // len(precisions), *cells, f"{away:.1f}", "", "", ""])
     for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
         runs = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
         cells = []
@@ -298,7 +298,19 @@ def _repaired(rows: Rows) -> str:
         better, ordered = (mean(runs, column) for column in ("prompts improved", "prompts ordered"))
         spread = f"{-(mean(runs, 'variance reduction') or 0):+.0%}"
         away = f"{mean(runs, 'distance'):.1f}"
-        body.append([method, strength, steps, *cells, away, f"{better:.0%}", f"{ordered:.0%}", spread])
+        body.append(
+            [
+                method,
+                strength,
+                steps,
+                len({row["seed"] for row in runs}),
+                *cells,
+                away,
+                f"{better:.0%}",
+                f"{ordered:.0%}",
+                spread,
+            ]
+        )
     return _markdown(head, body)
 
 

@@ -165,12 +165,12 @@ def test_repairs_are_means_over_seeds() -> None:
     table = figures.repair_table(
         [{**row, **repaired, "seed": 0}, {**row, **worse, "seed": 1}, {**row, **repaired, **paper}]
     )
-    assert table.startswith("SmolLM2: noise for a perplexity ratio of 1.20 (standard deviation 0.013, 2 seeds), steps")
+    assert table.startswith("SmolLM2: noise for a perplexity ratio of 1.20 (standard deviation 0.013), steps of")
     assert table.splitlines()[4:] == [
-        "| clean |  |  | 10.00 | 20.00 | 0.0 |  |  |  |",
-        "| attacked |  |  | 12.00 | 24.00 | 120.0 |  |  |  |",
-        "| default | 250 | 100 | 10.40 (80%) | 23.50 (12%) | 100.0 | 50% | 25% | -10% |",
-        "| paper | 1e-05 (coupled) | 100 | 10.20 (90%) | 22.00 (50%) | 100.0 | 50% | 25% | +10% |",
+        "| clean |  |  | 2 | 10.00 | 20.00 | 0.0 |  |  |  |",
+        "| attacked |  |  | 2 | 12.00 | 24.00 | 120.0 |  |  |  |",
+        "| default | 250 | 100 | 2 | 10.40 (80%) | 23.50 (12%) | 100.0 | 50% | 25% | -10% |",
+        "| paper | 1e-05 (coupled) | 100 | 1 | 10.20 (90%) | 22.00 (50%) | 100.0 | 50% | 25% | +10% |",
     ]
 
 
