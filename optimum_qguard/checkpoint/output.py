@@ -36,8 +36,9 @@ def output_folder(
     final = Path(out).expanduser().resolve()
     missing = [parent for parent in final.parents if not parent.exists()]
     staging = final.with_name(f".{final.name}.partial")
-    claim = _claim(staging, out)
+    claim = claim_folder(staging, out)
     try:
+        _empty(staging)
         yield staging
         _publish(staging, final, flushed)
     except Exception as error:
@@ -110,12 +111,21 @@ def check_space(out: str | Path, needed: int) -> None:
         )
 
 
-def _claim(staging: Path, out: str | Path) -> int:
-    """Make the folder, empty, for this run only: a descriptor that holds the claim. What a killed run left is
-    deleted."""
+def claim_folder(folder: Path, out: str | Path) -> int:
+    """Make a folder, which may exist already, for this run only.
+
+    Args:
+        out: the output that it is for, which errors name.
+
+    Returns:
+        A descriptor; whoever closes it, or is killed, gives the folder up.
+
+    Raises:
+        CheckpointError: it cannot be made, or another run has it.
+    """
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        claim = os.open(staging, os.O_RDONLY)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:
@@ -123,12 +133,16 @@ def _claim(staging: Path, out: str | Path) -> int:
     except OSError as error:
         os.close(claim)
         raise CheckpointError(f"{out}: another run is writing to it; wait for that, or name another folder") from error
-    for left in staging.iterdir():
+    return claim
+
+
+def _empty(folder: Path) -> None:
+    """Delete what a killed run left."""
+    for left in folder.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
         else:
             left.unlink()
-    return claim
 
 
 def _publish(staging: Path, final: Path, flushed: Collection[str]) -> None:

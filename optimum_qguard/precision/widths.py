@@ -71,26 +71,21 @@ class Switch:
     """What the layers of one model ask for their width.
 
     A forward or a request keeps the widths that it began with, whatever other threads and tasks do.
+
+    Attributes:
+        layers: names.
+        everywhere: what holds in every thread and task that has no `using` of its own; to be set, too.
     """
 
     def __init__(self, widths: Widths) -> None:
         self.layers = tuple(widths)
-        self._everywhere: Policy = FixedWidths(widths)
+        self.everywhere: Policy = FixedWidths(widths)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Switch:
         # Policies are shared: they do not change, and the operating system's randomness cannot be copied.
         copy = Switch(dict.fromkeys(self.layers, 0))
-        copy._everywhere = self._everywhere
+        copy.everywhere = self.everywhere
         return copy
-
-    @property
-    def everywhere(self) -> Policy:
-        """What holds in every thread and task that has no `using` of its own; to be set, too."""
-        return self._everywhere
-
-    @everywhere.setter
-    def everywhere(self, policy: Policy) -> None:
-        self._everywhere = policy
 
     @contextlib.contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
@@ -117,7 +112,7 @@ class Switch:
         return self._state().policy
 
     def _state(self) -> _State:
-        return _STATES.get().get(self) or _State(self._everywhere)
+        return _STATES.get().get(self) or _State(self.everywhere)
 
     @contextlib.contextmanager
     def _holding(self, state: _State) -> Iterator[None]:

@@ -7,7 +7,6 @@ read.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_qguard.checkpoint import CheckpointError, atomic_write
+from optimum_qguard.checkpoint import atomic_write
+from optimum_qguard.checkpoint.output import claim_folder
 from optimum_qguard.repair.errors import RepairError
 
 _SETTINGS_FILE = "settings.json"
@@ -101,7 +101,7 @@ def workspace(out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Wor
     final = Path(out).expanduser().resolve()
     folder = final.with_name(f".{final.name}.repair")
     missing = [parent for parent in final.parents if not parent.exists()]
-    claim = _claim(folder, out)
+    claim = claim_folder(folder, out)
     work = Workspace(folder)
     kept = False
     try:
@@ -124,20 +124,6 @@ def workspace(out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Wor
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-def _claim(folder: Path, out: str | Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claim = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(claim)
-        raise CheckpointError(f"{out}: another run is writing to it; wait for that, or name another folder") from error
-    return claim
 
 
 def _step(checkpoint: Path) -> int | None:

@@ -88,12 +88,8 @@ def train(model: Any, out: Path, *callbacks: Any, trainer: Any = Trainer, **opti
     return made
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_gradient_is_that_of_the_loss(kind: str, clean: Path, clean_gpt2: Path) -> None:
-    model, source = (llama(), clean) if kind == "llama" else (gpt2(), clean_gpt2)
-    anchor = Anchor.open(source, model)
-    assert len(anchor.names) == (14 if kind == "llama" else 8)
-    loss = penalty(model, anchor)
+def assert_gradient_is_that_of(loss: Tensor, model: nn.Module, anchor: Anchor) -> None:
+    """What the anchor adds is what autograd gives for ``STRENGTH * loss``, of every parameter."""
     (STRENGTH * loss).backward()
     wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -102,6 +98,15 @@ def test_gradient_is_that_of_the_loss(kind: str, clean: Path, clean_gpt2: Path) 
     for name, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if wanted[name] is None else wanted[name]
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_is_that_of_the_loss(kind: str, clean: Path, clean_gpt2: Path) -> None:
+    model, source = (llama(), clean) if kind == "llama" else (gpt2(), clean_gpt2)
+    anchor = Anchor.open(source, model)
+    assert len(anchor.names) == (14 if kind == "llama" else 8)
+    loss = penalty(model, anchor)
+    assert_gradient_is_that_of(loss, model, anchor)
     assert anchor.loss(model) == pytest.approx(loss.item(), rel=1e-5)
     squares = [(model.get_parameter(name) - anchor.tensor(name)).double().square().sum() for name in anchor.names]
     assert anchor.distance(model) == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_anchor import STRENGTH, train
+from test_anchor import assert_gradient_is_that_of, train
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from optimum_qguard import AnchorCallback
@@ -66,14 +66,7 @@ def test_gradient_is_that_of_the_loss_between_two_models(kind: str, clean: Path)
         for name in anchor.names
     ]
     loss = torch.stack(parts).mean()
-    (STRENGTH * loss).backward()
-    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    anchor.add_gradient(model, STRENGTH)
-    for name, parameter in model.named_parameters():
-        expected = torch.zeros_like(parameter) if wanted[name] is None else wanted[name]
-        torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-9)
+    assert_gradient_is_that_of(loss, model, anchor)
     assert anchor.loss(model) == pytest.approx(float(loss), rel=1e-5)
     before = anchor.distance(model)
     anchor.pull(model, 2.0, [{"params": list(model.parameters()), "lr": 0.1}])
