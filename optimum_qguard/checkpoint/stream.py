@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from optimum_qguard.checkpoint.atomic import write_all, writing
 from optimum_qguard.checkpoint.errors import CheckpointError
+from optimum_qguard.checkpoint.flush import flushing
 from optimum_qguard.checkpoint.header import TensorInfo
 from optimum_qguard.checkpoint.reader import CheckpointReader
 
@@ -98,7 +98,7 @@ def _write_shard(
     buffer = bytearray(PIECE_BYTES)
     with writing(path):
         out = path.open("xb", buffering=0)
-    with out, source_path.open("rb", buffering=0) as source:
+    with out, source_path.open("rb", buffering=0) as source, flushing(out, path) as flush:
         source.seek(len(header.raw))
         write_all(out, memoryview(header.raw), path)
         for info in header.tensors:
@@ -115,11 +115,10 @@ def _write_shard(
                     content = written.contiguous().flatten().view(torch.uint8).numpy().data
                 digest.update(content)
                 write_all(out, content, path)
+                flush.written(len(content))
             change.done()
             if progress is not None:
                 progress(info)
-        with writing(path):
-            os.fsync(out.fileno())
     return digest.hexdigest()
 
 

@@ -85,7 +85,7 @@ class EncryptReport(BaseModel):
         tensors: BLAKE3 of each tensor's bytes before, in hexadecimal.
         mixed: the tensors that dense mode mixed, by name; none in exact mode.
         files: SHA-256 of each weight file after, in hexadecimal.
-        verified: how many tensors were multiplied, divided again and found to be bit for bit what they were.
+        verified: how many tensors were rewritten, each weight checked to come back bit for bit as it was.
         previous_manifest: the text of the ``qguard.json`` that was there before, put back by decryption; where that is
             a manifest too, the checkpoint was encrypted more than once, and the keys are needed in reverse order.
         previous_card: likewise of the model card.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +29,16 @@ class Scaling:
         for part in exponents:
             by_shape[part.shape] = by_shape[part.shape] + part if part.shape in by_shape else part
         self._exponents = list(by_shape.values())
-        self._factors: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+        # What any entry is multiplied by on the way, one part after another, lies between two to these powers.
+        self._least = sum(min(0, int(each.amin())) for each in self._exponents if each.numel())
+        self._greatest = sum(max(0, int(each.amax())) for each in self._exponents if each.numel())
+        self._addends: dict[torch.dtype, list[Tensor]] = {}
 
     def apply(self, rows: Tensor, start: int, *, inverse: bool = False) -> Tensor:
-        """Multiply rows of the tensor in place, and make sure that dividing gives them back.
+        """Multiply rows of the tensor in place, and make sure that nothing is lost.
+
+        Between the least and the greatest normal number a product with a power of two is exact: it adds exponents
+        and changes nothing else. Rows that may leave that range are divided again and compared.
 
         Args:
             rows: ``tensor[start : start + len(rows)]``, writable.
@@ -40,14 +48,16 @@ class Scaling:
         Raises:
             InexactError: a weight overflows or loses bits; see `explain`.
         """
-        original = rows.clone()
-        self._multiply(rows, start, inverse)
-        back = self._multiply(rows.clone(), start, not inverse)
-        # An infinite weight would have come back as another one, and zero as zero.
-        if not (_equal_bits(original, back) and _has_no_subnormal(rows)) and bool(
-            _is_inexact(original, rows, back).any()
-        ):
-            raise InexactError(self._name)
+        if rows.numel() == 0:
+            return rows
+        magnitudes = _magnitudes(rows)
+        if self._stay_normal(magnitudes, rows.dtype, inverse):
+            self._add(rows, start, inverse, magnitudes.zeros)
+        else:
+            scaled = self._product(rows, start, inverse)
+            if bool(_is_inexact(rows, scaled, self._product(scaled, start, not inverse)).any()):
+                raise InexactError(self._name)
+            rows.copy_(scaled)
         return rows
 
     def explain(self, tensor: Tensor) -> EncryptError:
@@ -56,8 +66,8 @@ class Scaling:
         Args:
             tensor: the whole of it.
         """
-        scaled = self._multiply(tensor.clone(), 0, inverse=False)
-        back = self._multiply(scaled.clone(), 0, inverse=True)
+        scaled = self._product(tensor, 0, inverse=False)
+        back = self._product(scaled, 0, inverse=True)
         at = tuple(_is_inexact(tensor, scaled, back).nonzero()[0].tolist())
         strength = _room(tensor) // len(self._exponents)
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -68,16 +78,34 @@ class Scaling:
             f"{way_out}convert the checkpoint to float32"
         )
 
-    def _multiply(self, rows: Tensor, start: int, inverse: bool) -> Tensor:
-        for factors in self._of(rows.dtype, inverse):
-            rows *= factors if factors.shape[0] == 1 else factors[start : start + len(rows)]
-        return rows
+    def _stay_normal(self, magnitudes: _Magnitudes, dtype: torch.dtype, inverse: bool) -> bool:
+        """Whether these are normal numbers and will be, whichever of the tensor's factors they are multiplied by."""
+        down, up = (-self._greatest, -self._least) if inverse else (self._least, self._greatest)
+        limits = torch.finfo(dtype)
+        return magnitudes.least * 2.0**down >= limits.smallest_normal and magnitudes.greatest * 2.0**up <= limits.max
 
-    def _of(self, dtype: torch.dtype, inverse: bool) -> list[Tensor]:
-        if (dtype, inverse) not in self._factors:
-            sign = -1.0 if inverse else 1.0
-            self._factors[dtype, inverse] = [torch.exp2(sign * each.double()).to(dtype) for each in self._exponents]
-        return self._factors[dtype, inverse]
+    def _add(self, rows: Tensor, start: int, inverse: bool, zeros: Tensor | None) -> None:
+        bits = rows.view(_INTEGERS[rows.element_size()])
+        for addends in self._of(rows.dtype):
+            part = _rows(addends, start, len(rows))
+            if zeros is not None:
+                part = part.where(~zeros, 0)
+            bits.sub_(part) if inverse else bits.add_(part)
+
+    def _of(self, dtype: torch.dtype) -> list[Tensor]:
+        """What adding to a weight's bits multiplies it by its powers of two."""
+        if dtype not in self._addends:
+            bits = _INTEGERS[dtype.itemsize]
+            one, two = torch.tensor([1.0, 2.0], dtype=dtype).view(bits)
+            self._addends[dtype] = [each.to(bits) * (two - one) for each in self._exponents]
+        return self._addends[dtype]
+
+    def _product(self, rows: Tensor, start: int, inverse: bool) -> Tensor:
+        product = rows.double()
+        for exponents in self._exponents:
+            part = _rows(exponents, start, len(rows)).double()
+            product = product * torch.exp2(-part if inverse else part)
+        return product.to(rows.dtype)
 
 
 class InexactError(ArithmeticError):
@@ -103,23 +131,29 @@ def scalings(sites: Iterable[Site], exponents: Callable[[Site], Tensor]) -> Mapp
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _equal_bits(one: Tensor, other: Tensor) -> bool:
-    """What a comparison of the floats would say in ten times as long."""
-    same_size = _INTEGERS[one.element_size()]
-    widest = torch.int64 if one.numel() * one.element_size() % 8 == 0 else same_size
-    one, other = (each.contiguous().flatten().view(same_size) for each in (one, other))
-    return torch.equal(one.view(widest), other.view(widest))
+def _rows(part: Tensor, start: int, count: int) -> Tensor:
+    return part if part.shape[0] == 1 else part[start : start + count]
 
 
-def _has_no_subnormal(weights: Tensor) -> bool:
-    if weights.numel() == 0:
-        return True
+class _Magnitudes(NamedTuple):
+    """Which range weights are in but for zeros, and where those are; ``None``: nowhere."""
+
+    least: float
+    greatest: float
+    zeros: Tensor | None
+
+
+def _magnitudes(weights: Tensor) -> _Magnitudes:
+    # Without their sign floats are ordered like their bits, and integers are compared much faster.
     dtype = _INTEGERS[weights.element_size()]
-    least = torch.tensor(torch.finfo(weights.dtype).smallest_normal, dtype=weights.dtype, device="cpu").view(dtype)
-    # Without their sign floats are ordered like their bits; zero becomes the greatest of all.
-    unsigned = torch.iinfo(dtype).max
-    bits = weights.view(dtype).bitwise_and(unsigned).sub_(1).bitwise_and_(unsigned)
-    return int(bits.amin()) >= int(least) - 1
+    bits = weights.view(dtype).bitwise_and(torch.iinfo(dtype).max)
+    least, greatest = bits.aminmax()
+    zeros = None
+    if not least:
+        zeros = bits == 0
+        infinity = torch.tensor(math.inf, dtype=weights.dtype).view(dtype)
+        least = bits.masked_fill_(zeros, infinity).amin()
+    return _Magnitudes(float(least.view(weights.dtype)), float(greatest.view(weights.dtype)), zeros)
 
 
 def _is_inexact(original: Tensor, scaled: Tensor, back: Tensor) -> Tensor:

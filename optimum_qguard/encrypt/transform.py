@@ -68,9 +68,9 @@ def encrypt_checkpoint(
 ) -> EncryptReport:
     """Write a checkpoint that computes the same and that standard quantizers break.
 
-    Every tensor is multiplied by powers of two that the key chooses, divided again and compared, while it is written;
-    in exact mode the checkpoint computes the same to the last bit, and comes back so. Dense mode also mixes the
-    channels of each key-value head between value and output projection: harder to undo without the key, but the
+    Every tensor is multiplied by powers of two that the key chooses, and that nothing is lost is checked while it is
+    written; in exact mode the checkpoint computes the same to the last bit, and comes back so. Dense mode also mixes
+    the channels of each key-value head between value and output projection: harder to undo without the key, but the
     outputs are those of the original up to rounding, and so are those tensors when they come back.
     The output has the input's files, names, shapes and dtypes; beside them lies ``qguard.json``, and the model card has
     a section that says so. This is not cryptography: see docs/encrypt.md for what it stops.

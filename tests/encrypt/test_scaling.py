@@ -24,6 +24,24 @@ def test_rows_in_pieces_are_the_product(dtype: torch.dtype, seed: int, step: int
     assert torch.equal(scaling.apply(torch.cat(pieces), 0, inverse=True), weight)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float16, 16), (torch.float32, 32)])
+@given(st.data())
+def test_whatever_the_bits_the_product_is_exact_or_refused(dtype: torch.dtype, bits: int, data: st.DataObject) -> None:
+    """Zeros, infinities and subnormal numbers among them, and numbers that scaling makes so."""
+    words = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=6))
+    exponent = data.draw(st.integers(-40, 40))
+    integers = torch.int16 if bits == 16 else torch.int32
+    weight = (torch.tensor(words) - 2 ** (bits - 1)).to(integers).view(dtype)
+    limits, expected = torch.finfo(dtype), weight.double() * 2.0**exponent
+    scaling = Scaling("w", [torch.full((len(words),), exponent)])
+    lost = (expected.abs() < limits.smallest_normal) & (expected != weight.double())
+    if bool((lost | (expected.abs() > limits.max) & weight.isfinite() | ~weight.isfinite()).any()):
+        with pytest.raises(InexactError):
+            scaling.apply(weight.clone(), 0)
+    else:
+        assert torch.equal(scaling.apply(weight.clone(), 0).double(), expected)
+
+
 def test_what_all_sites_do_to_a_tensor() -> None:
     columns = Site(
         "a", "norm", 2, (Part("w", torch.tensor([[0, 1, -1]]), False), Part("g", torch.tensor([0, 1]), True))
