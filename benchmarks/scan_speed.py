@@ -37,17 +37,32 @@ def main() -> None:
     parser = argument_parser(__doc__ or "", RESULTS / "scan_speed.json")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--full", nargs="*", choices=list(MODELS), default=list(MODELS), help="models to scan in full too, some minutes"
+    )
     arguments = parser.parse_args()
-    rows = [row for name in arguments.models for row in measure(name, MODELS[name](), arguments.repeats)]
+    rows = []
+    for name in arguments.models:
+        rows.append(measure_quick(name, MODELS[name](), arguments.repeats))
+        if name in arguments.full:
+            rows += measure_full(name, MODELS[name](), arguments.repeats)
     rows += start_up()
     print_table(rows)
     write("scan_speed", rows, arguments.output)
 
 
-def measure(name: str, folder: Path, repeats: int) -> list[dict[str, object]]:
-    """Both comparisons for one model."""
-    spikes = ["residual_spikes"]
+def measure_quick(name: str, folder: Path, repeats: int) -> dict[str, object]:
+    """Against reading the files and hashing them."""
     times = alternate({"scan": partial(scan, folder), "reference": partial(sha256, folder)}, repeats)
+    seconds = times.median("scan"), times.median("reference")
+    return row(name, "quick", "SHA-256", *seconds, times.ratio("scan", "reference")) | {
+        "peak MB": peak(partial(scan, folder))
+    }
+
+
+def measure_full(name: str, folder: Path, repeats: int) -> list[dict[str, object]]:
+    """Against quantizing the same tensors."""
+    spikes = ["residual_spikes"]
     full = alternate(
         {"scan": partial(scan, folder, full=True, detectors=spikes), "reference": partial(quantize, folder)},
         max(1, repeats // 2),
@@ -55,8 +70,6 @@ def measure(name: str, folder: Path, repeats: int) -> list[dict[str, object]]:
     everything = time_of(partial(scan, folder, full=True))
     formats = len(CELLS)
     return [
-        row(name, "quick", "SHA-256", times.median("scan"), times.median("reference"), times.ratio("scan", "reference"))
-        | {"peak MB": peak(partial(scan, folder))},
         row(
             name,
             f"full, a format of {formats}",
