@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from attacked_answers import ADAPTIVE, CLEAN, ITSELF, TRANSFERRED, Budget, Defence, Subject, forget_runs
 from cyclic_training import cyclic_gpt2
-from figures import with_interval
 from harness import RESULTS, argument_parser, print_table, rows_of_others, write
+from tables.precision import with_interval
 from tiny_gpt2 import tiny_gpt2, validation_passages
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar

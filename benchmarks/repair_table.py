@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import figures
 from damaged_models import PRECISIONS, SMOLLM2, Scale, adapted, distance, measure, noise_of, noised
 from harness import RESULTS, argument_parser, write
+from tables.repair import repair_table
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard.checkpoint import atomic_write
@@ -99,7 +99,7 @@ def run_all(arguments: argparse.Namespace, scale: Scale) -> None:
             write("repair_table", rows, arguments.output)
     if not rows:
         raise SystemExit("nothing was measured yet; run without --table-only")
-    print(figures.repair_table(rows))
+    print(repair_table(rows))
     draw(runs, rows, arguments.output)
 
 

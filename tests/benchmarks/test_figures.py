@@ -8,6 +8,17 @@ from typing import Any
 import figures
 import harness
 import pytest
+from tables.encrypt import collapse_table, undo_table
+from tables.guard import quality_table
+from tables.markdown import full_table
+from tables.precision import (
+    allocation_table,
+    cyclic_table,
+    nested_memory_table,
+    nested_quality_table,
+    nested_speed_table,
+)
+from tables.repair import repair_table, step_table
 
 README = """# Title
 <!-- figures:guard_load begin -->
@@ -92,7 +103,7 @@ def test_text_without_markers_stays(tmp_path: Path) -> None:
 
 
 def test_quality_is_shown_by_backend_and_method() -> None:
-    table = figures.quality_table(
+    table = quality_table(
         [
             quality("full precision", "", 0.0, None, None),
             quality("bnb-int8", "plain", 0.00401, 1.0, None),
@@ -107,7 +118,7 @@ def test_quality_is_shown_by_backend_and_method() -> None:
 
 
 def test_any_other_result_is_shown_whole() -> None:
-    assert figures.full_table([{"a": 1.23456, "b|c": "x|y", "d": None}]) == (
+    assert full_table([{"a": 1.23456, "b|c": "x|y", "d": None}]) == (
         "| a | b|c | d |\n| --- | --- | --- |\n| 1.23 | x\\|y |  |\n"
     )
 
@@ -120,7 +131,7 @@ def test_the_pages_show_what_was_measured(page: Path) -> None:
 
 def test_what_undoes_protection_beside_the_original() -> None:
     row = {"recipe": "AWQ", "who": "standard", "mode": "exact", "BF16": 0.0, "nf4": 20.123, "nf4, original": 0.2567}
-    assert figures.undo_table([row]).splitlines()[::2] == [
+    assert undo_table([row]).splitlines()[::2] == [
         "| recipe | who | mode | BF16 | nf4 |",
         "| AWQ | standard | exact | 0 | 20.1 (0.257) |",
     ]
@@ -132,7 +143,7 @@ def test_collapse_models_across() -> None:
         {"format": "nf4", "how": "library", "model": "encrypted", "status": "perplexity is NaN, kl is NaN", "KL": None},
         {"format": "q8_0", "how": "llama.cpp", "model": "encrypted", "status": "refused: too large", "KL": None},
     ]
-    assert figures.collapse_table(rows).splitlines()[2:] == [
+    assert collapse_table(rows).splitlines()[2:] == [
         "| nf4 | library | 0.25 | NaN |",
         "| q8_0 | llama.cpp |  | refused |",
     ]
@@ -162,9 +173,7 @@ def test_repairs_are_means_over_seeds() -> None:
     repaired = {"defended": 10.2, "recovery": 0.9, "other text, defended": 22.0, "other text, recovery": 0.5}
     worse = {"defended": 10.6, "recovery": 0.7, "other text, defended": 25.0, "other text, recovery": -0.25}
     paper = {"method": "paper", "strength": 1e-5, "decoupled": False, "variance reduction": -0.1, "seed": 0}
-    table = figures.repair_table(
-        [{**row, **repaired, "seed": 0}, {**row, **worse, "seed": 1}, {**row, **repaired, **paper}]
-    )
+    table = repair_table([{**row, **repaired, "seed": 0}, {**row, **worse, "seed": 1}, {**row, **repaired, **paper}])
     assert table.startswith("SmolLM2: noise for a perplexity ratio of 1.20 (standard deviation 0.013), steps of")
     assert table.splitlines()[4:] == [
         "| clean |  |  | 2 | 10.00 | 20.00 | 0.0 |  |  |  |",
@@ -178,13 +187,13 @@ def test_steps_beside_those_without_an_anchor() -> None:
     row = {"block": "2 x 128", "step s": 4.0, "time ratio": 1.0, "CPU s": 3.9, "CPU ratio": 1.0}
     memory = {"peak, anonymous MB": 2500.4, "peak, anonymous ratio": 1.0, "peak MB": 2600.0, "peak ratio": 1.0}
     held = {"anchor": "coupled", "step s": 4.123, "time ratio": 1.0312, "CPU ratio": 1.02, "peak MB": 2626.0}
-    table = figures.step_table([{**row, **memory, "anchor": "without"}, {**row, **memory, **held, "peak ratio": 1.01}])
+    table = step_table([{**row, **memory, "anchor": "without"}, {**row, **memory, **held, "peak ratio": 1.01}])
     assert table.splitlines()[2:] == [
         "| 2 x 128 | without | 4.00 s (1.00x) | 3.90 s (1.00x) | 2500 MB (1.00x) | 2600 MB (1.00x) |",
         "| 2 x 128 | coupled | 4.12 s (1.03x) | 3.90 s (1.02x) | 2500 MB (1.00x) | 2626 MB (1.01x) |",
     ]
     without_kinds = {**row, "anchor": "without", "peak MB": 2600.0, "peak ratio": 1.0}
-    assert "| tokens of a step | anchor | time | processor time | memory with mapped pages |" in figures.step_table(
+    assert "| tokens of a step | anchor | time | processor time | memory with mapped pages |" in step_table(
         [without_kinds]
     )
 
@@ -203,7 +212,7 @@ def test_nested_widths_beside_direct_ones() -> None:
         "nested perplexity": 12.345,
         "direct perplexity": 12.0,
     }
-    table = figures.nested_quality_table([row])
+    table = nested_quality_table([row])
     assert "(512 tokens, groups of 96 weights; perplexity at full precision: 10.00)" in table
     assert table.splitlines()[-1] == "| 4 | 0.123 | 0.1 | 1.23 | 0.2 | 0.5 | 12.35 |"
 
@@ -221,7 +230,7 @@ def test_nested_speed_beside_float32() -> None:
         "reading ms": 25.0,
         "token / reading": 5.6,
     }
-    table = figures.nested_speed_table([row, {**row, "subject": "layer"}])
+    table = nested_speed_table([row, {**row, "subject": "layer"}])
     assert [line for line in table.splitlines() if line and line[0] != "|"] == ["SmolLM2", "layer"]
     assert table.splitlines()[-1] == "| nested | 4 | 250 | 800.0 (1.25x) | 140.0 (2.00x) | 5.6x |"
 
@@ -234,7 +243,7 @@ def test_nested_memory_leaves_out_what_was_not_measured() -> None:
         "peak of loading MB": None,
         "to another width ms": 0.0123,
     }
-    assert figures.nested_memory_table([row]).splitlines()[-1] == "| packed | 3 | 700 |  | 0.012 |"
+    assert nested_memory_table([row]).splitlines()[-1] == "| packed | 3 | 700 |  | 0.012 |"
 
 
 def test_allocated_maps_are_beside_hand_made_ones() -> None:
@@ -250,7 +259,7 @@ def test_allocated_maps_are_beside_hand_made_ones() -> None:
         "allocated KL / KL": 0.5,
         "predicted KL": 9.0,
     }
-    table = figures.allocation_table([row, {**row, "model": "GPT-2", "map": "C2"}])
+    table = allocation_table([row, {**row, "model": "GPT-2", "map": "C2"}])
     assert table.startswith("SmolLM2\n\n| map | average bits | KL divergence | allocated: KL divergence | ratio |")
     assert table.splitlines()[4] == "| C1 | 8 | 0.25 | 0.125 | 0.5 | 14 | 13.5 |"
     assert table.splitlines()[6] == "GPT-2"
@@ -260,7 +269,7 @@ def test_allocated_maps_are_beside_hand_made_ones() -> None:
 def test_ways_of_training_are_means_over_seeds() -> None:
     row = {"way": "cyclic, cosine", "seed": 0, "steps": 240, "questions": 500, "F1 at full": 0.75, "F1 at 3": 0.5,
            "EM at 3": 0.4}  # fmt: skip
-    table = figures.cyclic_table([{**row, "way": "before"}, row, {**row, "seed": 1, "F1 at 3": 0.6}])
+    table = cyclic_table([{**row, "way": "before"}, row, {**row, "seed": 1, "F1 at 3": 0.6}])
     assert table.splitlines() == [
         "500 questions, 240 steps",
         "",
