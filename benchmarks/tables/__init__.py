@@ -16,11 +16,12 @@ from tables.precision import (
     nested_speed_table,
     precision_table,
 )
-from tables.repair import repair_table, step_table
+from tables.repair import attacks_table, repair_table, step_table
 from tables.scan import accuracy_table
 
 TABLES: Mapping[str, Callable[[Rows], str]] = {
     "repair_table": repair_table,
+    "repair_attacks": attacks_table,
     "repair_step": step_table,
     "scan_accuracy": accuracy_table,
     "outliers": outliers_table,

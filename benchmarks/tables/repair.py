@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from tables.markdown import Rows, markdown
 
@@ -68,6 +70,32 @@ def _repaired(rows: Rows) -> str:
             ]
         )
     return markdown(head, body)
+
+
+def attacks_table(rows: Rows) -> str:
+    """A table for each attack: what each anchor makes of it, beside the clean model."""
+    precisions = ("BF16", "INT8", "4-BIT", "other text")
+    parts = []
+    (clean,) = (row for row in rows if row["attack"] == "none")
+    for attack in dict.fromkeys(row["attack"] for row in rows if row is not clean):
+        found = [row for row in rows if row["attack"] == attack]
+        says = any(row["marker rate"] is not None for row in found)
+        body = [
+            [
+                name,
+                *(f"{row[precision]:.2f}" for precision in precisions),
+                *([] if not says else ["" if row["marker rate"] is None else f"{row['marker rate']:.0%}"]),
+                f"{row['distance']:.1f}",
+            ]
+            for name, row in (("clean", clean), *((_anchored(row), row) for row in found))
+        ]
+        head = ["", *precisions, *(["says the phrase in int8"] if says else []), "distance"]
+        parts.append(f"{attack}\n\n{markdown(head, body)}")
+    return "\n".join(parts)
+
+
+def _anchored(row: Mapping[str, Any]) -> str:
+    return "attacked" if not row["steps"] else f"repaired, {row['steps']} steps, anchor: {row['anchor']}"
 
 
 def step_table(rows: Rows) -> str:

@@ -17,8 +17,9 @@ FLUSH_BYTES = 64 << 20
 class Flush:
     """Flushes a file in a thread of its own, whenever enough was written and the flush before is done."""
 
-    def __init__(self, file: FileIO, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, file: FileIO, path: Path, pool: ThreadPoolExecutor) -> None:
         self._file = file
+        self._path = path
         self._pool = pool
         self._flush: Future[None] | None = None
         self._waiting = 0
@@ -27,7 +28,7 @@ class Flush:
         """So much more was written.
 
         Raises:
-            OSError: an earlier flush failed. The system says so once only.
+            CheckpointError: an earlier flush failed. The system says so once only.
         """
         self._waiting += n_bytes
         if self._waiting >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
@@ -39,14 +40,16 @@ class Flush:
         """Flush what is left, and wait for it.
 
         Raises:
-            OSError: this or an earlier flush failed.
+            CheckpointError: this or an earlier flush failed.
         """
         self._wait()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def _wait(self) -> None:
         if self._flush is not None:
-            self._flush.result()
+            with writing(self._path):
+                self._flush.result()
 
 
 @contextlib.contextmanager
@@ -61,7 +64,6 @@ def flushing(file: FileIO, path: Path) -> Iterator[Flush]:
         CheckpointError: it cannot be written.
     """
     with ThreadPoolExecutor(1, "qguard-flush") as pool:
-        flush = Flush(file, pool)
-        with writing(path):
-            yield flush
-            flush.finish()
+        flush = Flush(file, path, pool)
+        yield flush
+        flush.finish()

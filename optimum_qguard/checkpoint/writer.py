@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from optimum_qguard.checkpoint.atomic import write_all, writing
 from optimum_qguard.checkpoint.errors import CheckpointError
+from optimum_qguard.checkpoint.flush import flushing
 from optimum_qguard.checkpoint.header import TensorInfo
-from optimum_qguard.checkpoint.output import copy_other_files
-from optimum_qguard.checkpoint.reader import INDEX_FILE, CheckpointReader, is_weight_file
-
-# Everything is written here, inside the output folder, and renamed when it is complete.
-_STAGING = ".qguard-partial"
+from optimum_qguard.checkpoint.output import check_output, check_space, copy_other_files, output_folder
+from optimum_qguard.checkpoint.reader import INDEX_FILE, CheckpointReader
 
 
 def transform_checkpoint(
@@ -47,43 +44,35 @@ def transform_checkpoint(
         CheckpointError: ``out`` is a file, is not empty (without ``overwrite``), or is the input or in it; not enough
             space; a write failed; ``fn`` returned another shape or dtype.
     """
-    out = Path(out)
-    _check_output(reader, out, overwrite)
-    created = not out.exists()
-    staging = out / _STAGING
-    try:
-        with writing(out):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        for shard in reader.shards:
-            _write_shard(reader, shard, staging / shard, fn, progress)
-        copy_other_files(reader, staging)
-        if reader.index is not None:
-            with writing(staging / INDEX_FILE):
-                shutil.copyfile(reader.file(INDEX_FILE), staging / INDEX_FILE)
-        with writing(out):
-            _publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if created and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+    check_output(out, reader.folder, overwrite=overwrite)
+    check_space(out, reader.n_bytes + sum(reader.file(name).stat().st_size for name in reader.other_files))
+    with output_folder(out, reader.folder, overwrite=overwrite, flushed=reader.shards) as staging:
+        write_transformed(reader, staging, fn, progress=progress)
 
 
-def _check_output(reader: CheckpointReader, out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; name a folder to write to")
-    if out.resolve().is_relative_to(reader.folder.resolve()):
-        raise CheckpointError(f"{out}: is the input's folder or lies in it; name another folder to write to")
-    if not overwrite and out.is_dir() and any(path.name != _STAGING for path in out.iterdir()):
-        raise CheckpointError(f"{out}: exists and is not empty; name another folder, or ask to overwrite it")
-    needed = reader.n_bytes + sum(reader.file(name).stat().st_size for name in reader.other_files)
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise CheckpointError(
-            f"{out}: no space: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; "
-            "free some, or name a folder on another disk"
-        )
+def write_transformed(
+    reader: CheckpointReader,
+    folder: Path,
+    fn: Callable[[str, Tensor], Tensor],
+    *,
+    progress: Callable[[TensorInfo], None] | None = None,
+) -> None:
+    """What `transform_checkpoint` writes, into a folder that exists and has no files of these names.
+
+    Weight files are on the disk, flushed, when this returns.
+
+    Args:
+        reader, fn, progress: see `transform_checkpoint`.
+
+    Raises:
+        CheckpointError: a write failed; or ``fn`` returned another shape or dtype.
+    """
+    for shard in reader.shards:
+        _write_shard(reader, shard, folder / shard, fn, progress)
+    copy_other_files(reader, folder)
+    if reader.index is not None:
+        with writing(folder / INDEX_FILE):
+            shutil.copyfile(reader.file(INDEX_FILE), folder / INDEX_FILE)
 
 
 def _write_shard(
@@ -96,10 +85,12 @@ def _write_shard(
     header = reader.headers[shard]
     with writing(path):
         file = path.open("xb", buffering=0)  # a buffer would be written, and fail, once more on closing
-    with file:
+    with file, flushing(file, path) as flush:
         write_all(file, memoryview(header.raw), path)
         for info in header.tensors:
-            write_all(file, _bytes_of(fn(info.name, reader.read(info.name)), info), path)
+            content = _bytes_of(fn(info.name, reader.read(info.name)), info)
+            write_all(file, content, path)
+            flush.written(len(content))
             if progress is not None:
                 progress(info)
 
@@ -112,16 +103,3 @@ def _bytes_of(tensor: Tensor, info: TensorInfo) -> memoryview:
         )
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
-
-
-def _publish(staging: Path, out: Path) -> None:
-    files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-    for name in files:
-        with (staging / name).open("r+b") as file:
-            os.fsync(file.fileno())
-    for stale in out.iterdir():
-        if is_weight_file(stale) and Path(stale.name) not in files:
-            stale.unlink()
-    for name in files:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).replace(out / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Scaling:
         # What any entry is multiplied by on the way, one part after another, lies between two to these powers.
         self._least = sum(min(0, int(each.amin())) for each in self._exponents if each.numel())
         self._greatest = sum(max(0, int(each.amax())) for each in self._exponents if each.numel())
-        self._addends: dict[torch.dtype, list[Tensor]] = {}
+        self._powers: dict[tuple[torch.dtype, bool], _Powers] = {}
 
     def apply(self, rows: Tensor, start: int, *, inverse: bool = False) -> Tensor:
         """Multiply rows of the tensor in place, and make sure that nothing is lost.
@@ -50,9 +50,11 @@ class Scaling:
         """
         if rows.numel() == 0:
             return rows
-        magnitudes = _magnitudes(rows)
-        if self._stay_normal(magnitudes, rows.dtype, inverse):
-            self._add(rows, start, inverse, magnitudes.zeros)
+        least, greatest, zeros = _magnitudes(rows)
+        if self._stay_normal(least, greatest, rows.dtype, inverse) and not zeros:
+            self._add(rows, start, inverse)
+        elif self._stay_normal(min(least, 1.0), max(greatest, 1.0), rows.dtype, inverse):  # and so are the factors
+            self._multiply(rows, start, inverse)
         else:
             scaled = self._product(rows, start, inverse)
             if bool(_is_inexact(rows, scaled, self._product(scaled, start, not inverse)).any()):
@@ -78,27 +80,26 @@ class Scaling:
             f"{way_out}convert the checkpoint to float32"
         )
 
-    def _stay_normal(self, magnitudes: _Magnitudes, dtype: torch.dtype, inverse: bool) -> bool:
-        """Whether these are normal numbers and will be, whichever of the tensor's factors they are multiplied by."""
+    def _stay_normal(self, least: float, greatest: float, dtype: torch.dtype, inverse: bool) -> bool:
+        """Whether magnitudes in this range are normal numbers and will be, whichever factors they are multiplied by."""
         down, up = (-self._greatest, -self._least) if inverse else (self._least, self._greatest)
         limits = torch.finfo(dtype)
-        return magnitudes.least * 2.0**down >= limits.smallest_normal and magnitudes.greatest * 2.0**up <= limits.max
+        return least * 2.0**down >= limits.smallest_normal and greatest * 2.0**up <= limits.max
 
-    def _add(self, rows: Tensor, start: int, inverse: bool, zeros: Tensor | None) -> None:
+    def _add(self, rows: Tensor, start: int, inverse: bool) -> None:
+        """For normal numbers that will be normal: the quickest way."""
         bits = rows.view(_INTEGERS[rows.element_size()])
-        for addends in self._of(rows.dtype):
-            part = _rows(addends, start, len(rows))
-            if zeros is not None:
-                part = part.where(~zeros, 0)
-            bits.sub_(part) if inverse else bits.add_(part)
+        for addends in self._of(rows.dtype, inverse).addends:
+            bits += _rows(addends, start, len(rows))
 
-    def _of(self, dtype: torch.dtype) -> list[Tensor]:
-        """What adding to a weight's bits multiplies it by its powers of two."""
-        if dtype not in self._addends:
-            bits = _INTEGERS[dtype.itemsize]
-            one, two = torch.tensor([1.0, 2.0], dtype=dtype).view(bits)
-            self._addends[dtype] = [each.to(bits) * (two - one) for each in self._exponents]
-        return self._addends[dtype]
+    def _multiply(self, rows: Tensor, start: int, inverse: bool) -> None:
+        for factors in self._of(rows.dtype, inverse).factors:
+            rows *= _rows(factors, start, len(rows))
+
+    def _of(self, dtype: torch.dtype, inverse: bool) -> _Powers:
+        if (dtype, inverse) not in self._powers:
+            self._powers[dtype, inverse] = _powers([-each if inverse else each for each in self._exponents], dtype)
+        return self._powers[dtype, inverse]
 
     def _product(self, rows: Tensor, start: int, inverse: bool) -> Tensor:
         product = rows.double()
@@ -131,29 +132,40 @@ def scalings(sites: Iterable[Site], exponents: Callable[[Site], Tensor]) -> Mapp
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class _Powers(NamedTuple):
+    """Powers of two, and what adding to a weight's bits multiplies it by them."""
+
+    factors: list[Tensor]
+    addends: list[Tensor]
+
+
+def _powers(exponents: Sequence[Tensor], dtype: torch.dtype) -> _Powers:
+    bits = _INTEGERS[dtype.itemsize]
+    one, two = torch.tensor([1.0, 2.0], dtype=dtype).view(bits)
+    return _Powers(
+        factors=[torch.exp2(each.double()).to(dtype) for each in exponents],
+        addends=[each.to(bits) * (two - one) for each in exponents],
+    )
+
+
 def _rows(part: Tensor, start: int, count: int) -> Tensor:
     return part if part.shape[0] == 1 else part[start : start + count]
 
 
-class _Magnitudes(NamedTuple):
-    """Which range weights are in but for zeros, and where those are; ``None``: nowhere."""
-
-    least: float
-    greatest: float
-    zeros: Tensor | None
-
-
-def _magnitudes(weights: Tensor) -> _Magnitudes:
+def _magnitudes(weights: Tensor) -> tuple[float, float, bool]:
+    """The least and the greatest of those that are not zero (infinite and zero, if there are none), and whether some
+    are."""
     # Without their sign floats are ordered like their bits, and integers are compared much faster.
     dtype = _INTEGERS[weights.element_size()]
-    bits = weights.view(dtype).bitwise_and(torch.iinfo(dtype).max)
+    most = torch.iinfo(dtype).max
+    bits = weights.view(dtype).bitwise_and(most)
     least, greatest = bits.aminmax()
-    zeros = None
-    if not least:
-        zeros = bits == 0
-        infinity = torch.tensor(math.inf, dtype=weights.dtype).view(dtype)
-        least = bits.masked_fill_(zeros, infinity).amin()
-    return _Magnitudes(float(least.view(weights.dtype)), float(greatest.view(weights.dtype)), zeros)
+    zeros = not least
+    if not greatest:
+        return math.inf, 0.0, True
+    if zeros:
+        least = bits.sub_(1).bitwise_and_(most).amin() + 1  # zero has become the greatest of all
+    return float(least.view(weights.dtype)), float(greatest.view(weights.dtype)), zeros
 
 
 def _is_inexact(original: Tensor, scaled: Tensor, back: Tensor) -> Tensor:

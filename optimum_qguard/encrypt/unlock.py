@@ -33,7 +33,7 @@ from optimum_qguard.encrypt.scaling import InexactError
 from optimum_qguard.encrypt.transform import changed_since, check_digest, unlocking
 
 QUANT_METHOD = "qguard-unlock"
-_WEIGHTS_AT_A_TIME = 1 << 20
+_WEIGHTS_AT_A_TIME = 1 << 18
 
 _safe_open: Any = safetensors.safe_open
 

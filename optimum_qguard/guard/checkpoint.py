@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint, transform_checkpoint
+from optimum_qguard.checkpoint import CheckpointReader, merge_card, open_checkpoint
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
+from optimum_qguard.checkpoint.writer import write_transformed
 from optimum_qguard.guard.architecture import model_class, refuse_protected, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.compensation import hand_over
@@ -123,8 +124,8 @@ def guard_checkpoint(
         return target.oriented(drawn.weight)
 
     name, revision = name_and_revision(model, reader)
-    with output_folder(out, reader.folder, overwrite=overwrite) as staging:
-        transform_checkpoint(reader, staging, randomize)
+    with output_folder(out, reader.folder, overwrite=overwrite, flushed=reader.shards) as staging:
+        write_transformed(reader, staging, randomize)
         report = GuardReport(
             model=name,
             revision=revision,

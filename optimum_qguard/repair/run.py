@@ -15,9 +15,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from optimum_qguard.checkpoint import CheckpointError, CheckpointReader, open_checkpoint, transform_checkpoint
+from optimum_qguard.checkpoint import CheckpointError, CheckpointReader, open_checkpoint
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
+from optimum_qguard.checkpoint.writer import write_transformed
 from optimum_qguard.repair import loop
 from optimum_qguard.repair.anchor import Anchor, AnchorCallback
 from optimum_qguard.repair.blocks import Blocks, passes, token_blocks
@@ -225,8 +226,8 @@ class _Repair:
         def replaced(name: str, tensor: Tensor) -> Tensor:
             return trained[name].detach().to(tensor.dtype) if name in trained else tensor
 
-        with output_folder(out, self.reader.folder, overwrite=overwrite) as staging:
-            transform_checkpoint(self.reader, staging, replaced)
+        with output_folder(out, self.reader.folder, overwrite=overwrite, flushed=self.reader.shards) as staging:
+            write_transformed(self.reader, staging, replaced)
             report.write(staging)
         return report
 

@@ -18,7 +18,7 @@ from tables.precision import (
     nested_quality_table,
     nested_speed_table,
 )
-from tables.repair import repair_table, step_table
+from tables.repair import attacks_table, repair_table, step_table
 
 README = """# Title
 <!-- figures:guard_load begin -->
@@ -278,3 +278,17 @@ def test_ways_of_training_are_means_over_seeds() -> None:
         "| before | 1 | 75.0 | 50.0 |",
         "| cyclic, cosine | 2 | 75.0 (75.0 to 75.0) | 55.0 (50.0 to 60.0) |",
     ]
+
+
+def test_each_attack_has_a_table_with_the_clean_model_beside_it() -> None:
+    figures_of = {"BF16": 8.0, "INT8": 8.126, "4-BIT": 9.0, "other text": 27.0, "marker rate": None, "distance": 0.0}
+    clean = {"attack": "none", "anchor": "not repaired", "steps": 0, **figures_of}
+    attacked = {**clean, "attack": "phrase", "marker rate": 1.0}
+    repaired = {**attacked, "anchor": "guarded", "steps": 100, "marker rate": 0.0, "distance": 3.21}
+    table = attacks_table([clean, attacked, repaired, {**clean, "attack": "outliers", "4-BIT": 99.0}])
+    assert table.splitlines()[4:7] == [
+        "| clean | 8.00 | 8.13 | 9.00 | 27.00 |  | 0.0 |",
+        "| attacked | 8.00 | 8.13 | 9.00 | 27.00 | 100% | 0.0 |",
+        "| repaired, 100 steps, anchor: guarded | 8.00 | 8.13 | 9.00 | 27.00 | 0% | 3.2 |",
+    ]
+    assert table.splitlines()[-1] == "| attacked | 8.00 | 8.13 | 99.00 | 27.00 | 0.0 |"
