@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import commit_of
+from optimum_qguard.checkpoint.json_object import parse_object
 
 MANIFEST_FILE = "qguard.json"
 PROTECTED = "encrypted"
@@ -25,15 +25,15 @@ def protection(file: str | Path) -> dict[str, Any] | None:
         file: where `MANIFEST_FILE` would be.
 
     Raises:
-        CheckpointError: it cannot be read, or is no JSON.
+        CheckpointError: it cannot be read, or is no JSON object.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_object(Path(file).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download it again") from error
-    return content if isinstance(content, dict) and content.get("kind") == PROTECTED else None
+    return content if content.get("kind") == PROTECTED else None
 
 
 def protection_of(model: Any, files: Any) -> tuple[Path, dict[str, Any]] | None:

@@ -21,15 +21,13 @@ from optimum_qguard.checkpoint.description import (
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import http_errors, hub_problem, looks_like_hub_id
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE
-from optimum_qguard.checkpoint.reader import PICKLE_SUFFIXES, SECRET_SUFFIXES, CheckpointReader
+from optimum_qguard.checkpoint.reader import PICKLE_SUFFIXES, CheckpointReader, holds_key, is_key_file
 from optimum_qguard.checkpoint.repository import FolderRepository
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 _STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_KEY_CONTENT = re.compile(rb'"key":\s*"[0-9a-f]{64}"|-----BEGIN [A-Z ]*PRIVATE KEY-----')
-_KEY_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -178,12 +176,12 @@ def _check_folder(folder: Path, include_pickles: bool) -> tuple[dict[str, Any], 
             )
     listed = FolderRepository(folder)
     files, left_out = [], list(listed.stray_links)
-    for name, file in listed.files.items():
-        suffix = PurePosixPath(name).suffix
-        if suffix in SECRET_SUFFIXES or (suffix in PICKLE_SUFFIXES and not include_pickles):
+    for name in listed.files:
+        path = PurePosixPath(name)
+        if is_key_file(path) or (path.suffix.lower() in PICKLE_SUFFIXES and not include_pickles):
             left_out.append(name)
             continue
-        if file.size <= _KEY_BYTES and _KEY_CONTENT.search(listed.read(name)):
+        if holds_key(folder / name):
             raise CheckpointError(
                 f"{folder / name}: holds a key; move it out of the folder, or nobody needs it any more"
             )

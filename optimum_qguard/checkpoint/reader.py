@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +22,24 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite"}
-SECRET_SUFFIXES = frozenset({".key", ".pem"})
+WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
+    ".gguf",
+    ".h5",
+    ".keras",
+    ".mlmodel",
+    ".msgpack",
+    ".npz",
+    ".onnx",
+    ".onnx_data",
+    ".ort",
+    ".ot",
+    ".pb",
+    ".safetensors",
+    ".tflite",
+}
+_SECRET_SUFFIXES = frozenset({".key", ".pem"})
+_KEY_CONTENT = re.compile(rb'"key":\s*"[0-9a-f]{64}"|-----BEGIN [A-Z ]*PRIVATE KEY-----')
+_MOST_KEY_BYTES = 1 << 16
 
 
 class CheckpointReader:
@@ -35,7 +52,7 @@ class CheckpointReader:
         tensors: by name, in the order in which they are stored.
         config: ``config.json``, empty if there is none.
         other_files: configuration, tokenizer, model card and so on, relative to ``folder``; weight files in other
-            formats, hidden files and keys are left out.
+            formats, hidden files and keys (by their names or their content) are left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +75,7 @@ class CheckpointReader:
         elif (path / INDEX_FILE).exists():
             path_of_index = self._inside(INDEX_FILE)
             index = parse_index(path_of_index.read_bytes(), str(path_of_index))
-            self.index, weight_map = path_of_index.read_text(encoding="utf-8"), index.weight_map
+            self.index, weight_map = path_of_index.read_bytes().decode(), index.weight_map
             self.shards = tuple(index.shards)
         else:
             raise _no_weights(path)
@@ -128,9 +145,11 @@ class CheckpointReader:
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or path.is_dir() or is_weight_file(path) or path.suffix in SECRET_SUFFIXES:
+            if hidden or path.is_dir() or is_weight_file(path) or is_key_file(path):
                 continue
             self._inside(relative.as_posix())
+            if holds_key(path):
+                continue
             yield PurePosixPath(relative.as_posix())
 
     def _inside(self, name: str) -> Path:
@@ -168,7 +187,21 @@ def _allowed_roots(folder: Path) -> tuple[Path, ...]:
 
 def is_weight_file(path: Path) -> bool:
     """Whether a file holds weights, in whatever format, or is an index of such files."""
-    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+
+
+def is_key_file(path: PurePath) -> bool:
+    """Whether a file is a key by its name."""
+    return path.suffix.lower() in _SECRET_SUFFIXES
+
+
+def holds_key(path: Path) -> bool:
+    """Whether a file has a key of ours or a private key in it, whatever its name is; not if it cannot be read."""
+    try:
+        small = path.is_file() and path.stat().st_size <= _MOST_KEY_BYTES
+        return small and _KEY_CONTENT.search(path.read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def _no_weights(folder: Path) -> CheckpointError:

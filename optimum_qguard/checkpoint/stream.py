@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -68,8 +69,10 @@ def rewrite_shards(
         CheckpointError: a file cannot be read or written.
     """
 
+    stopped = threading.Event()
+
     def write(shard: str) -> str:
-        return _write_shard(reader, shard, folder / shard, rewrite, progress)
+        return _write_shard(reader, shard, folder / shard, rewrite, progress, stopped)
 
     threads = torch.get_num_threads()
     share = max(1, threads // workers)
@@ -77,8 +80,10 @@ def rewrite_shards(
         with ThreadPoolExecutor(workers, "qguard-shard", torch.set_num_threads, (share,)) as pool:
             futures = {shard: pool.submit(write, shard) for shard in reader.shards}
             try:
-                return {shard: future.result() for shard, future in futures.items()}
+                done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+                return {shard: future.result() for shard, future in futures.items() if future in done}
             except BaseException:
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
@@ -92,6 +97,7 @@ def _write_shard(
     path: Path,
     rewrite: Callable[[TensorInfo], Rewrite],
     progress: Callable[[TensorInfo], None] | None,
+    stopped: threading.Event,
 ) -> str:
     header, source_path = reader.headers[shard], reader.file(shard)
     digest = hashlib.sha256(header.raw)
@@ -104,6 +110,8 @@ def _write_shard(
         for info in header.tensors:
             change = rewrite(info)
             for start, shape in _pieces(info, change.whole):
+                if stopped.is_set():  # by Ctrl-C, or because another file failed
+                    raise CancelledError
                 size = math.prod(shape) * info.dtype.itemsize
                 if len(buffer) < size:
                     buffer = bytearray(size)
@@ -136,7 +144,10 @@ def _pieces(info: TensorInfo, whole: bool) -> Iterator[tuple[int, tuple[int, ...
 
 def _read(file: FileIO, into: memoryview, path: Path) -> None:
     while into:
-        count = file.readinto(into)
+        try:
+            count = file.readinto(into)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if not count:
             raise CheckpointError(f"{path}: became shorter while it was read; do not change it meanwhile")
         into = into[count:]

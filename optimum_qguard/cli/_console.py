@@ -21,9 +21,9 @@ def print_json(content: object) -> None:
 
 
 def results() -> Console:
-    """Standard output; as wide as tables need where it is not a terminal."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    """Standard output; as wide as tables need where it is not a terminal. Brackets and colons in names mean nothing."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=160)
 
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:
@@ -44,7 +44,7 @@ def progress_bar(description: str, *, quiet: bool = True) -> Iterator[Callable[[
     Without ``quiet`` the libraries are left alone, and transformers is not imported for that, which takes seconds.
     Until it is told, the bar shows that and how long work goes on. Without a terminal nothing is drawn.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(file=sys.stderr)
     with (
         Progress(

@@ -114,7 +114,7 @@ def _print(model: str, reference: str | None, rows: list[Row], plot: Path | None
     console = results()
     console.print(shown)
     for line in refusals:
-        console.print(f"Refused: {line}", soft_wrap=True, markup=False)
+        console.print(f"Refused: {line}", soft_wrap=True)
     console.print(f"KL divergence is from {reference or model} at full precision, in nats per token.", soft_wrap=True)
     if plot is not None:
         console.print(f"Drawn in {plot}.", soft_wrap=True)

@@ -124,7 +124,7 @@ def command(
                 **dense,
             )
     except BaseException:
-        if new_key and not out.exists():  # else something that it encrypted may be there
+        if new_key and not out.expanduser().exists():  # else something that it encrypted may be there
             key.expanduser().unlink()
         raise
     if as_json:

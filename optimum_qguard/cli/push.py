@@ -50,7 +50,7 @@ def command(
         print_json({name: getattr(done, name) for name in names})
         return
     console = results()
-    console.print(f"{len(done.files)} files in {done.repo_id}: {done.url}", soft_wrap=True, markup=False)
+    console.print(f"{len(done.files)} files in {done.repo_id}: {done.url}", soft_wrap=True)
     for words, files in (("Deleted there", done.deleted), ("Not uploaded", done.left_out)):
         if files:
-            console.print(f"{words}: {', '.join(files)}", soft_wrap=True, markup=False)
+            console.print(f"{words}: {', '.join(files)}", soft_wrap=True)

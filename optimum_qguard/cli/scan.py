@@ -150,11 +150,9 @@ def exit_code(reports: Sequence[ScanReport], fail_on: Severity) -> int:
 
 
 def _what(models: Sequence[str]) -> str:
-    from rich.markup import escape
-
     from optimum_qguard.checkpoint.errors import printable
 
-    return escape(printable(models[0])) if len(models) == 1 else f"{len(models)} models"
+    return printable(models[0]) if len(models) == 1 else f"{len(models)} models"
 
 
 def _read_list(path: Path) -> list[str]:

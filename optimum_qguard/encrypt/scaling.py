@@ -38,7 +38,8 @@ class Scaling:
         """Multiply rows of the tensor in place, and make sure that nothing is lost.
 
         Between the least and the greatest normal number a product with a power of two is exact: it adds exponents
-        and changes nothing else. Rows that may leave that range are divided again and compared.
+        and changes nothing else. Rows that may leave that range are divided again and compared; what would fall below
+        it on the way there is refused though it were exact, on the way back it may have been there before.
 
         Args:
             rows: ``tensor[start : start + len(rows)]``, writable.
@@ -57,7 +58,8 @@ class Scaling:
             self._multiply(rows, start, inverse)
         else:
             scaled = self._product(rows, start, inverse)
-            if bool(_is_inexact(rows, scaled, self._product(scaled, start, not inverse)).any()):
+            lost = _is_inexact(rows, scaled, self._product(scaled, start, not inverse), may_be_subnormal=inverse)
+            if bool(lost.any()):
                 raise InexactError(self._name)
             rows.copy_(scaled)
         return rows
@@ -68,16 +70,24 @@ class Scaling:
         Args:
             tensor: the whole of it.
         """
+        for number in (~tensor.isfinite()).nonzero()[:1].tolist():
+            return EncryptError(
+                f"{self._name}: the weight {float(tensor[tuple(number)])} at {tuple(number)} is no finite number; the "
+                "checkpoint is damaged: get it from its publisher again"
+            )
         scaled = self._product(tensor, 0, inverse=False)
         back = self._product(scaled, 0, inverse=True)
         at = tuple(_is_inexact(tensor, scaled, back).nonzero()[0].tolist())
+        factor = self._product(torch.ones_like(tensor, dtype=torch.float64), 0, inverse=False)[at]
         strength = _room(tensor) // len(self._exponents)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        way_out = f"use a strength of at most {strength}, or " if strength > 0 else ""
+        ways = [f"use a strength of at most {strength}"] if strength > 0 else []
+        if tensor.element_size() < 8:
+            ways.append(f"convert the checkpoint to {'float32' if tensor.element_size() == 2 else 'float64'}")
         return EncryptError(
             f"{self._name}: the weight {float(tensor[at]):g} at {at} cannot be multiplied by "
-            f"{float(scaled[at].double() / tensor[at].double()):g} exactly in {dtype}; "
-            f"{way_out}convert the checkpoint to float32"
+            f"{float(factor):g} exactly in {dtype}; "
+            f"{', or '.join(ways) or 'set it to zero'}"
         )
 
     def _stay_normal(self, least: float, greatest: float, dtype: torch.dtype, inverse: bool) -> bool:
@@ -168,12 +178,14 @@ def _magnitudes(weights: Tensor) -> tuple[float, float, bool]:
     return float(least.view(weights.dtype)), float(greatest.view(weights.dtype)), zeros
 
 
-def _is_inexact(original: Tensor, scaled: Tensor, back: Tensor) -> Tensor:
-    """Where a weight overflowed or lost bits. Results below the normal range count: they may be exact, but hardware may
-    take them for zero."""
+def _is_inexact(original: Tensor, scaled: Tensor, back: Tensor, *, may_be_subnormal: bool = False) -> Tensor:
+    """Where a weight overflowed or lost bits. Results below the normal range count, unless they may be there: they may
+    be exact, but hardware may take them for zero."""
     magnitude, limits = scaled.abs(), torch.finfo(scaled.dtype)
-    underflow = (magnitude < limits.smallest_normal) & (scaled != original)
-    return (back != original) | ~(magnitude <= limits.max) | underflow
+    inexact = (back != original) | ~(magnitude <= limits.max)
+    if may_be_subnormal:
+        return inexact
+    return inexact | (magnitude < limits.smallest_normal) & (scaled != original)
 
 
 def _room(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -105,6 +105,9 @@ def encrypt_checkpoint(
     check_space(out, reader.n_bytes)
     sites = _sites(reader)
     by_tensor = changes(sites, key, traps=traps, conditioning=conditioning, residue=residue)
+    for tensor in _no_floats(reader, by_tensor):
+        kind = str(reader.tensors[tensor].dtype).removeprefix("torch.")
+        raise EncryptError(f"{tensor}: is {kind}, so the model is quantized already; name its full-precision original")
     name, revision = name_and_revision(model, reader)
     with output_folder(out, reader.folder, overwrite=overwrite, flushed=reader.shards) as staging:
         done, files = _rewrite(reader, staging, by_tensor, workers, progress, inverse=False)
@@ -199,6 +202,8 @@ def unlocking(reader: CheckpointReader, report: EncryptReport, key: Key) -> Mapp
         conditioning=None if report.conditioning is None else Conditioning(**report.conditioning.model_dump()),
         residue=None if report.residue is None else Residue(**report.residue.model_dump()),
     )
+    for tensor in _no_floats(reader, by_tensor):
+        raise changed_since(reader.folder, tensor)
     if report.mixed.keys() != {name for name, change in by_tensor.items() if change.mixes}:
         raise EncryptError(f"{reader.folder}: {MANIFEST_FILE} was changed or damaged (mixed); download it again")
     return by_tensor
@@ -300,6 +305,11 @@ def _rewrite(
 
 def _sites(reader: CheckpointReader) -> list[Site]:
     return find_sites(reader.config, {name: info.shape for name, info in reader.tensors.items()})
+
+
+def _no_floats(reader: CheckpointReader, by_tensor: Iterable[str]) -> list[str]:
+    """Which of these tensors have a dtype that cannot be changed."""
+    return [name for name in by_tensor if reader.tensors[name].dtype not in _FLOATS]
 
 
 def _refuse(reader: CheckpointReader, mode: Mode) -> None:

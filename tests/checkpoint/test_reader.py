@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_qguard.checkpoint import CheckpointError, open_checkpoint
+from optimum_qguard.encrypt.key import Key
 from tests.checkpoint.conftest import Tensors
 
 Write = Callable[..., Path]
@@ -35,6 +36,10 @@ def test_config_and_other_files(write: Write) -> None:
     folder = write(2)
     for name in ("pytorch_model.bin", "training_args.bin", "consolidated.safetensors", "owner.key", ".gitattributes"):
         (folder / name).write_bytes(b"x")
+    for name in ("rust_model.ot", "weights.npz", "PYTORCH_MODEL.BIN", "Server.PEM"):
+        (folder / name).write_bytes(b"x")
+    Key.generate().save(folder / "notes.json")
+    (folder / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("x")
     reader = open_checkpoint(folder)
@@ -44,6 +49,15 @@ def test_config_and_other_files(write: Write) -> None:
         PurePosixPath(name)
         for name in ("config.json", "tokenizer.json", "README.md", "additional_chat_templates/tool.jinja")
     }
+
+
+def test_the_index_keeps_its_line_ends(write: Write) -> None:
+    folder = write(2)
+    path = folder / "model.safetensors.index.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    index = open_checkpoint(folder).index
+    assert index is not None
+    assert index.encode() == path.read_bytes()
 
 
 def test_already_quantized_is_told(write: Write) -> None:

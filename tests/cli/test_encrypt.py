@@ -53,6 +53,27 @@ def test_json_and_options(qguard: Callable[..., Any], model: Path, tmp_path: Pat
     assert qguard("decrypt", tmp_path / "out", tmp_path / "back", "--key", key, "--json").json == manifest
 
 
+def test_the_key_is_not_copied_although_it_lies_beside_the_weights(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    """Under a name that does not say so: OUT is there to be published."""
+    result = qguard("encrypt", model, tmp_path / "out", "--key", model / "secret.json", "--new-key")
+    assert result.code == 0
+    assert {path.name for path in model.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()} == {
+        "secret.json"
+    }
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    out, back, key = tmp_path / "[bold]out", tmp_path / "back[/]:warning:", tmp_path / "[red]key"
+    result = qguard("encrypt", model, out, "--key", key, "--new-key")
+    assert f"Written to {out}. Keep {key} secret" in result.out
+    result = qguard("decrypt", out, back, "--key", key)
+    assert f"Written to {back}." in result.out
+
+
 def test_fp16_safe(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     """Half precision stays finite, and nearer to the original than BF16 is."""
     qguard("encrypt", model, tmp_path / "out", "--key", tmp_path / "key", "--new-key", "--fp16-safe")

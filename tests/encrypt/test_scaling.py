@@ -39,7 +39,9 @@ def test_whatever_the_bits_the_product_is_exact_or_refused(dtype: torch.dtype, b
         with pytest.raises(InexactError):
             scaling.apply(weight.clone(), 0)
     else:
-        assert torch.equal(scaling.apply(weight.clone(), 0).double(), expected)
+        scaled = scaling.apply(weight.clone(), 0)
+        assert torch.equal(scaled.double(), expected)
+        assert torch.equal(scaling.apply(scaled, 0, inverse=True).view(integers), weight.view(integers))
 
 
 def test_what_all_sites_do_to_a_tensor() -> None:
@@ -76,6 +78,36 @@ def test_the_largest_safe_strength_is_safe() -> None:
         Scaling("w", [torch.tensor([[exponent, exponent, exponent]])]).apply(weight.clone(), 0)
     with pytest.raises(InexactError):
         Scaling("w", [torch.tensor([[-5, -5, -5]])]).apply(weight.clone(), 0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_subnormal_weight_that_became_normal_comes_back(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    weight = torch.tensor([limits.smallest_normal / 2, -limits.smallest_normal / 2, 0.0, -0.0, 1.0], dtype=dtype)
+    scaling = Scaling("w", [torch.tensor([4, 4, 4, 4, -4])])
+    back = scaling.apply(scaling.apply(weight.clone(), 0), 0, inverse=True)
+    assert torch.equal(back, weight)
+    assert torch.equal(back.signbit(), weight.signbit())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_is_named(value: float) -> None:
+    weight = torch.tensor([[1.0, 2.0**-120], [value, 1.0]])
+    scaling = Scaling("w", [torch.tensor([[9, -9]])])
+    with pytest.raises(InexactError):
+        scaling.apply(weight.clone(), 0)
+    assert str(scaling.explain(weight)).startswith(f"w: the weight {value} at (1, 0) is no finite number; ")
+
+
+@pytest.mark.parametrize(("dtype", "wider"), [(torch.float16, "float32"), (torch.float32, "float64")])
+def test_the_error_names_the_factor_and_a_wider_dtype(dtype: torch.dtype, wider: str) -> None:
+    """An overflow and what is too small for the dtype too."""
+    for exponent, factor in ((2, "4"), (-2, "0.25")):
+        limits = torch.finfo(dtype)
+        weight = torch.tensor([limits.max if exponent > 0 else limits.smallest_normal], dtype=dtype)
+        message = str(Scaling("w", [torch.tensor([exponent])]).explain(weight))
+        assert f"cannot be multiplied by {factor} exactly in" in message
+        assert message.endswith(f"convert the checkpoint to {wider}")
 
 
 def test_nothing_safe() -> None:

@@ -136,6 +136,27 @@ def test_tampered_weights(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.float64])
+def test_tampered_dtypes(tiny_llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    out, name = tmp_path / "out", "model.layers.0.mlp.up_proj.weight"
+    encrypt_checkpoint(tiny_llama, out, key=KEY)
+    tensors = load_file(out / "model.safetensors")
+    tensors[name] = tensors[name].clamp(-1, 1).to(dtype)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncryptError, match=f"{name} is not the tensor"):
+        decrypt_checkpoint(out, tmp_path / "no", key=KEY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_manifest_with_half_a_character(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encrypt_checkpoint(tiny_llama, out, key=KEY)
+    content = json.loads((out / "qguard.json").read_text()) | {"previous_card": "\ud800"}
+    (out / "qguard.json").write_text(json.dumps(content))
+    with pytest.raises(EncryptError, match=r"qguard\.json: cannot be read as JSON"):
+        decrypt_checkpoint(out, tmp_path / "no", key=KEY)
+
+
 def test_inexact_weights_name_the_largest_safe_strength(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(folder)
@@ -162,6 +183,8 @@ def test_what_cannot_be_encrypted(tiny_llama: Path, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "quantized already .gptq."),
         ({}, adapter, "LoRA adapter; merge it"),
         ({}, {name: torch.zeros(256, 128).to(torch.float8_e4m3fn)}, "up_proj.weight: is float8_e4m3fn"),
+        ({}, {name: torch.zeros(256, 128).to(torch.int8)}, "up_proj.weight: is int8, so the model is quantized"),
+        ({}, {name: torch.zeros(256, 128).to(torch.int32)}, "up_proj.weight: is int32, so the model is quantized"),
         ({"model_type": "bert"}, {}, "model of type 'bert'.*known: .*llama"),
         ({}, {name: None}, "up_proj"),
         ({}, {"model.layers.0.surprise.weight": torch.zeros(2)}, "surprise.weight is not known"),

@@ -9,7 +9,7 @@ from optimum_qguard.checkpoint.reader import CONFIG_FILE, PICKLE_SUFFIXES, WEIGH
 from optimum_qguard.scan.finding import Finding, listed
 from optimum_qguard.scan.subject import Subject
 
-_UNREAD = (WEIGHT_SUFFIXES | {".keras", ".mlmodel", ".ort", ".pb", ".npz", ".npy"}) - PICKLE_SUFFIXES - {".safetensors"}
+_UNREAD = (WEIGHT_SUFFIXES | {".npy"}) - PICKLE_SUFFIXES - {".safetensors"}
 
 
 def check_others(subject: Subject) -> Iterator[Finding]:
