@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -35,6 +36,21 @@ def test_a_folder_goes_up_and_comes_down_whole(hub: HubServer, tmp_path: Path) -
     assert found.name == commit.oid
     assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert (found / "inner/config.json").read_text() == "{}"
+
+
+def test_an_answer_that_ends_the_connection_says_so(hub: HubServer) -> None:
+    """A client that takes it for alive may send its next request into a connection that is being closed."""
+    hub.add_repository("org/model")
+    hub.fail("GET", status=500)
+    address = hub.url.removeprefix("http://")
+    connection = HTTPConnection(address)
+    connection.request("GET", "/api/models/org/model")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Connection"]) == (500, "close")
+    connection.request("GET", "/api/models/org/model")  # which makes a new one
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Connection"]) == (200, None)
+    connection.close()
 
 
 def test_commits_stay_what_they_were(hub: HubServer) -> None:

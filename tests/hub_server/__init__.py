@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from hub_server.faults import Fault, Faults
-from hub_server.handler import Handler, Request
+from hub_server.handler import Handler
+from hub_server.pages import Request
 from hub_server.store import Blob, Discussion, Repository, Store, is_lfs
 
 TOKEN = "hf_alice"

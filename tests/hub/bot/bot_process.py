@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from die_with_parent import die_with_parent
 from hub_server import TOKEN, HubServer
 from safetensors.torch import save
 
@@ -38,6 +39,7 @@ class BotProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, "serve", *queue, "--retry-delay", "0.2", *options],
             env=environment,
+            preexec_fn=die_with_parent,
             stdout=self._log,
             stderr=self._log,
         )
