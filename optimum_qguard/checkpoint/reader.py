@@ -171,6 +171,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         CheckpointError: the folder or repository is missing, has no safetensors weights, a shard is missing, truncated
             or malformed, the index names a tensor that is not there or a file outside the folder.
     """
+    if model == "":  # a variable that is not set, and not the working directory
+        raise CheckpointError("the model's name is empty; name a folder or a repository")
     path = Path(model).expanduser()
     if path.exists():
         return CheckpointReader(path)

@@ -219,6 +219,8 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     Raises:
         CheckpointError: there is no such folder, file or repository, or it cannot be listed.
     """
+    if model == "":  # a variable that is not set, and not the working directory
+        raise CheckpointError("the model's name is empty; name a folder or a repository")
     path = Path(model).expanduser()
     if path.exists():
         return FolderRepository(path)

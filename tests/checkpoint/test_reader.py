@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_qguard.checkpoint import CheckpointError, open_checkpoint
+from optimum_qguard.checkpoint.repository import open_repository
 from optimum_qguard.encrypt.key import Key
 from tests.checkpoint.conftest import Tensors
 
@@ -110,6 +111,9 @@ def error_of(model: str | Path) -> str:
 def test_no_such_folder(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none" / "x").endswith("none/x: no such folder or file")
     assert "no such folder" in error_of("./none")
+    assert "name is empty" in error_of("")
+    with pytest.raises(CheckpointError, match="name is empty"):
+        open_repository("")
 
 
 def test_no_weights(tmp_path: Path) -> None:

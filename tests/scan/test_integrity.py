@@ -158,8 +158,32 @@ def test_quantization_that_is_not_there(tmp_path: Path) -> None:
     for declared in ({"quant_method": "bitnet"}, {"quant_method": ["x"]}, "gptq", [1]):
         assert only(sound(tmp_path / "b", {"quantization_config": declared})).severity == "note"
     quantized = {"model.layers.2.q.weight": torch.ones(8, 8, dtype=torch.int8)}
-    assert "look quantized" in only(sound(tmp_path / "c", **quantized)).message
-    assert scanned(sound(tmp_path / "d", {"quantization_config": {"quant_method": "gptq"}}, **quantized)).findings == []
+    assert "look quantized" in scanned(sound(tmp_path / "c", **quantized)).findings[1].message
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 8, 8), (2, 2, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_quantized_already_are_not_called_clean(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Norms and embeddings beside them seldom are."""
+    quantized = {"model.layers.2.q.weight": torch.ones(shape).to(dtype)}
+    folder = sound(tmp_path / "a", {"quantization_config": {"quant_method": "gptq"}}, **quantized)
+    for path in (folder, folder / "model.safetensors"):
+        report = scanned(path)
+        assert (report.verdict, report.complete) == ("inconclusive", False)
+        assert report.reason.endswith("quantized already, so they were not looked at: model.layers.2.q.weight.")
+
+
+def test_buffers_are_no_quantized_weights(tmp_path: Path) -> None:
+    buffers = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "embeddings.position_ids": torch.arange(8)[None],
+        "model.layers.0.mask": torch.ones(8, 8, dtype=torch.bool),
+        "model.layers.0.count": torch.ones(4, dtype=torch.int32),
+        "model.layers.0.none": torch.ones(0, 4, dtype=torch.int8),
+    }
+    assert scanned(sound(tmp_path / "a", **buffers)).verdict == "clean"
 
 
 def test_code(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether ``config.json`` says of the weights what they are."""
+"""Whether ``config.json`` says of the weights what they are, and which of them cannot be looked at."""
 
 from __future__ import annotations
 
@@ -21,11 +21,25 @@ _ON_LOAD = frozenset({"bitsandbytes", "torchao", "quanto", "hqq", "fp8", "fbgemm
 
 def check_configuration(subject: Subject) -> Iterator[Finding]:
     """Data type, shape of the embedding, and quantization."""
-    if not subject.config or not subject.tensors:
+    if not subject.tensors:
+        return
+    yield from _check_left_out(subject)
+    if not subject.config:
         return
     yield from _check_dtype(subject)
     yield from _check_embedding(subject)
     yield from _check_quantization(subject)
+
+
+def _check_left_out(subject: Subject) -> Iterator[Finding]:
+    """Weights that no detector sees, beside some that they do."""
+    quantized = [tensor.id for tensor in subject.tensors.values() if _is_quantized(tensor)]
+    if quantized and any(tensor.is_float for tensor in subject.tensors.values()):
+        message = (
+            f"{len(quantized):,} tensors hold weights that are quantized already, so they were not looked at: "
+            f"{listed(quantized)}."
+        )
+        yield Finding(detector="integrity", severity="note", message=message, unsettled=True)
 
 
 def _check_dtype(subject: Subject) -> Iterator[Finding]:
@@ -79,7 +93,7 @@ def _method(declared: Any) -> str:
 def _is_quantized(tensor: StoredTensor) -> bool:
     info = tensor.info
     plain = tensor.is_float or info.dtype in (torch.bool, torch.int64)
-    return not plain and len(info.shape) in (2, 3) and not info.name.endswith(_BUFFERS)
+    return not plain and info.n_elements > 0 and len(info.shape) > 1 and not info.name.endswith(_BUFFERS)
 
 
 def _finding(severity: Severity, message: str, tensor: str | None = None) -> Finding:
