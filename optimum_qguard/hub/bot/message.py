@@ -24,8 +24,8 @@ def title(report: ScanReport) -> str:
 
 
 def is_title(text: str, commit: str) -> bool:
-    """Whether it may be the title of what the bot said about a commit."""
-    return text.startswith(f"QGuard scan of {commit[:8]}: ")
+    """Whether it may be the title of what the bot said about a commit, of which the beginning is enough."""
+    return text.startswith(f"QGuard scan of {commit[:8]}")
 
 
 def marker(commit: str) -> str:
@@ -52,7 +52,7 @@ def card_section(report: ScanReport, content: str) -> str:
     """The report as a section of the model card.
 
     Args:
-        content: the fingerprint of what was scanned; see `scanned_content`.
+        content: the fingerprint of what was scanned.
     """
     return "\n\n".join(
         [
@@ -60,15 +60,14 @@ def card_section(report: ScanReport, content: str) -> str:
             f"**Verdict: {report.verdict}.** {_text(report.reason)}",
             *_findings(report),
             f"{_scope(report)} Repeat it with `{_command(report)}`.",
-            f"<!-- qguard-scanned:{content}:{report.verdict} -->",
+            content_marker(content, report.verdict),
         ]
     )
 
 
-def scanned_content(card: str) -> tuple[str, str] | None:
-    """The fingerprint and the verdict in a card's section, if it has one."""
-    found = re.search(r"<!-- qguard-scanned:([0-9a-f]{64}):([a-z]+) -->", card)
-    return None if found is None else (found[1], found[2])
+def content_marker(content: str, verdict: str) -> str:
+    """A comment that nobody sees, by which a card's section and its pull request are recognised."""
+    return f"<!-- qguard-scanned:{content}:{verdict} -->"
 
 
 def _command(report: ScanReport) -> str:

@@ -63,11 +63,17 @@ class Poster:
         return self._propose_card(report) if self._write == "card" else self._open_discussion(report)
 
     def _find(self, repository: str, commit: str) -> str | None:
+        return self._written(repository, message.marker(commit), commit)
+
+    def _written(self, repository: str, marker: str, commit: str = "") -> str | None:
+        """The discussion or pull request in which this user wrote a marker."""
         for discussion in self._api.get_repo_discussions(repository, author=self.user):
             if discussion.author != self.user or not message.is_title(discussion.title, commit):
                 continue
             details = self._api.get_discussion_details(repository, discussion.num)
-            if any(message.marker(commit) in getattr(event, "content", "") for event in details.events):
+            # Anybody may comment there, and make a commit whose hash begins like another one's.
+            own = [event for event in details.events if event.author == self.user]
+            if any(marker in getattr(event, "content", "") for event in own):
                 return str(details.url)
         return None
 
@@ -88,14 +94,16 @@ class Poster:
             if before is not None:
                 card.write_bytes(before)
                 # Merging the pull request makes a commit, which is scanned, and must not end in another one.
-                if message.scanned_content(before.decode(errors="replace")) == (content, report.verdict):
+                # What the card says, its owner may have written.
+                marker = message.content_marker(content, report.verdict)
+                if marker in before.decode(errors="replace") and self._written(report.model, marker):
                     return None
             merge_card(folder, section_id=_SECTION, markdown=message.card_section(report, content), tags=[TAG])
             made = self._api.create_commit(
                 report.model,
                 [CommitOperationAdd(CARD_FILE, card.read_bytes())],
                 commit_message=message.title(report),
-                commit_description=message.discussion(report),
+                commit_description=f"{message.discussion(report)}\n{message.content_marker(content, report.verdict)}",
                 create_pr=True,
                 parent_commit=report.revision,
             )

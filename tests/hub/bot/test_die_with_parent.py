@@ -12,7 +12,8 @@ import pytest
 SCRIPT = """
 import os, signal, subprocess, sys
 from die_with_parent import die_with_parent
-child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent)
+nowhere = subprocess.DEVNULL
+child = subprocess.Popen(["sleep", "60"], stdout=nowhere, stderr=nowhere, preexec_fn=die_with_parent)
 print(child.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

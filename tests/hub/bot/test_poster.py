@@ -49,6 +49,25 @@ def test_nobody_else_can_keep_a_report_away(hub: HubServer, commit: str) -> None
     assert Poster(TOKEN, "discussion").post(report(commit)) == f"{hub.url}/org/model/discussions/2"
 
 
+def test_nobody_else_can_keep_a_report_away_by_a_comment_of_the_bots_discussion(hub: HubServer, commit: str) -> None:
+    """On another commit whose hash begins like this one's, which is quickly found."""
+    Poster(TOKEN, "discussion").post(report(commit[:8] + "0" * 32))
+    HfApi(token=OTHER_TOKEN).comment_discussion("org/model", 1, comment=message.marker(commit))
+    assert Poster(TOKEN, "discussion").post(report(commit)) == f"{hub.url}/org/model/discussions/2"
+
+
+def test_nobody_else_can_keep_a_report_away_by_a_card(hub: HubServer, commit: str) -> None:
+    """Whoever writes the card can compute the fingerprint too."""
+    Poster(TOKEN, "card").post(report(commit, "clean"))
+    marker = next(
+        line for line in hub.files("org/model", "refs/pr/1")["README.md"].decode().splitlines() if "-scanned:" in line
+    )
+    forged = marker.replace("clean", "suspicious")
+    HfApi(token=OTHER_TOKEN).comment_discussion("org/model", 1, comment=forged)
+    second = hub.commit("org/model", {"README.md": CARD + forged.encode()})
+    assert Poster(TOKEN, "card").post(report(second)) == f"{hub.url}/org/model/discussions/2"
+
+
 def test_a_title_alone_is_not_the_report(hub: HubServer, commit: str) -> None:
     other = report(commit[:8] + "0" * 32)  # the title has eight digits of the commit only
     Poster(TOKEN, "discussion").post(other)
