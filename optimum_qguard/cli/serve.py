@@ -37,8 +37,13 @@ def command(
     Webhooks go to /webhooks/scan and must carry the secret. Anybody can have a public model scanned on the page at /.
     /health and /metrics are for monitoring. Posting needs HF_TOKEN; QGUARD_READ_TOKEN is for scanning private models.
     """
+    import math
     import os
 
+    numbers = {"time-limit": time_limit, "memory-limit": memory_limit, "retry-delay": retry_delay}
+    for name, value in numbers.items():
+        if not math.isfinite(value) or value < 0:
+            raise typer.BadParameter(f"--{name} is a number from 0 on, not {value:g}")
     from optimum_qguard.hub.bot.settings import READ_TOKEN_VARIABLE, BotSettings, read_secret
 
     options: dict[str, Any] = {"write": write}

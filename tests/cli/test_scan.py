@@ -2,18 +2,22 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from optimum_qguard import ScanReport
+from optimum_qguard.cli import encrypt, scan
 from optimum_qguard.cli.scan import exit_code
-from optimum_qguard.scan.finding import Finding
+from optimum_qguard.encrypt.manifest import Mode
+from optimum_qguard.scan.engines import engine_names
+from optimum_qguard.scan.finding import SEVERITIES, Finding
 from optimum_qguard.scan.report import failed_report
+from optimum_qguard.scan.writers import writer_names
 
 Run = Callable[..., Any]
 
@@ -49,6 +53,18 @@ def test_options(qguard: Run, rigged: Path, tiny_llama: Path) -> None:
     assert report.coverage.weights_scanned == report.coverage.weights
     again = qguard("scan", tiny_llama, "--full", "--seed", report.seed, "--format", "json").json
     assert again["coverage"] == report.model_dump(mode="json")["coverage"]
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [("format", writer_names()), ("engine", engine_names()), ("fail_on", list(SEVERITIES)), ("mode", get_args(Mode))],
+)
+def test_choices_are_those_that_there_are(option: str, known: Sequence[str]) -> None:
+    """They are repeated there, since looking them up would make ``qguard --help`` slow."""
+    verb = encrypt.command if option == "mode" else scan.command
+    hint = get_type_hints(verb)[option]
+    choices = next(each for each in (hint, *get_args(hint)) if get_origin(each) is Literal)
+    assert sorted(get_args(choices)) == sorted(known)
 
 
 def test_worst_of_all(qguard: Run, tiny_llama: Path, rigged: Path, tmp_path: Path) -> None:

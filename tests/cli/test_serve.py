@@ -52,7 +52,7 @@ def test_no_token(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--write", "blog"], "--write is discussion or card, not 'blog'"),
         (["--port", "70000"], "--port is between 0 and 65535, not 70000"),
         (["--workers", "0"], "--workers must be positive, not 0"),
-        (["--time-limit", "-1"], "--time-limit must be positive, not -1.0"),
+        (["--time-limit", "0"], "--time-limit must be positive, not 0.0"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -60,6 +60,15 @@ def test_options_that_make_no_sense(
 ) -> None:
     monkeypatch.setenv("QGUARD_WEBHOOK_SECRET", SECRET)
     assert words in refused("serve", "--dry-run", *options)
+
+
+@pytest.mark.parametrize("option", ["--time-limit", "--memory-limit", "--retry-delay"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_what_is_no_limit(qguard: Callable[..., Any], option: str, value: str) -> None:
+    """No scan would ever take longer than NaN seconds."""
+    result = qguard("serve", "--dry-run", option, value)
+    assert result.code == 64
+    assert f"{option} is a number from 0 on, not {value}" in result.err
 
 
 @pytest.mark.parametrize("missing", ["gradio", "prometheus_client"])

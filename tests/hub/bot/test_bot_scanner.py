@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,19 @@ def test_a_process_that_does_not_start_is_nobodys_fault(process: ScanProcess, mo
     monkeypatch.setattr("optimum_qguard.hub.bot.scanner._START_LIMIT", 0.1)
     with pytest.raises(ScannerUnavailable, match="the scanning process does not start"):
         scan(process, "org/model", "0" * 40)
+
+
+@pytest.mark.parametrize("named", [("org/other", "a" * 40), ("org/model", "b" * 40), ("org/model", None)])
+def test_a_report_of_something_else_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, named: tuple[str, str | None]
+) -> None:
+    """The process may be in the hands of what it scans; what it sends decides where the bot posts."""
+    model, revision = named
+    report = ScanReport(model=model, revision=revision, verdict="clean", reason="x").model_dump(mode="json")
+    ours, theirs = Pipe()
+    scanning = ScanProcess(Limits(seconds=3, memory=64 << 20))
+    monkeypatch.setattr(scanning, "_start", lambda _: setattr(scanning, "_connection", ours))
+    theirs.send_bytes(json.dumps({"report": report}).encode())
+    with pytest.raises(ScanFailed, match="report of something else"):
+        scan(scanning, "org/model", "a" * 40)
+    assert ours.closed
