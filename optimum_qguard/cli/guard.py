@@ -139,7 +139,7 @@ def _refuse_library_options(format: str, **given: object) -> None:
     from optimum_qguard.guard.errors import QGuardConfigError
 
     for name, value in given.items():
-        if value:
+        if value is not None and value is not False:
             raise QGuardConfigError(f"--{name.replace('_', '-')} means nothing for {format}; leave it out")
 
 

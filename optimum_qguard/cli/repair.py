@@ -148,6 +148,10 @@ def command(
         "checkpoint_every": checkpoint_every,
     }
     options = {name: value for name, value in given.items() if value is not None}
+    if anchor is None:
+        _refuse_idle("--anchor", {"--strength": strength, "--coupled": coupled or None, "--modules": modules})
+    if validation is None:
+        _refuse_idle("--validation", {"--evaluate-every": evaluate_every, "--patience": patience})
     try:
         with progress_bar("Repairing") as update:
             # Imported here, because transformers' trainer imports what else is installed, and some of that prints.
@@ -171,10 +175,17 @@ def command(
                 progress=update,
                 **options,
             )
+            missed = [step for step in _steps(keep_at) if step > report.steps_trained]
     except KeyboardInterrupt as interrupt:
         if str(interrupt):
             typer.echo(f"qguard: {interrupt}", err=True)
         raise
+    if missed:
+        typer.echo(
+            f"Training ended at step {report.steps_trained}, so the weights after step "
+            f"{', '.join(map(str, missed))} are not there.",
+            err=True,
+        )
     if as_json:
         print_json({"output": str(out), "report": report.model_dump(mode="json")})
         return
@@ -184,6 +195,15 @@ def command(
             err=True,
         )
     results().print(f"{report}. Written to {out}.", soft_wrap=True)
+
+
+def _refuse_idle(needed: str, given: dict[str, object]) -> None:
+    """Raise `RepairError` for an option that would do nothing."""
+    from optimum_qguard.repair.errors import RepairError
+
+    for name, value in given.items():
+        if value is not None:
+            raise RepairError(f"{name} means nothing without {needed}; give both, or leave it out")
 
 
 def _text(source: str | None) -> str | list[str]:

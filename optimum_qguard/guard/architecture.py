@@ -24,10 +24,10 @@ def model_class(reader: CheckpointReader) -> tuple[Any, Any]:
         raise QGuardError(f"{reader.folder}: has no config.json; name the folder of a transformers model")
     try:
         config = transformers.AutoConfig.from_pretrained(reader.folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise QGuardError(
             f"{reader.folder}: config.json does not describe a model that transformers {transformers.__version__} "
-            f"knows (model_type {reader.config.get('model_type')!r}); update transformers, or correct the file"
+            f"knows (model_type {reader.config.get('model_type')!r}): {error}; update transformers, or correct the file"
         ) from error
     names = config.architectures or []
     found = getattr(transformers, names[0], None) if names else None
@@ -43,11 +43,17 @@ def skeleton(reader: CheckpointReader) -> Any:
     """The model on the meta device: every module, no weights.
 
     Raises:
-        QGuardError: see `model_class`.
+        QGuardError: see `model_class`; or a model that cannot be built.
     """
     config, found = model_class(reader)
-    with torch.device("meta"):
-        return found(config)
+    try:
+        with torch.device("meta"):
+            return found(config)
+    except Exception as error:  # a damaged file makes transformers raise anything
+        raise QGuardError(
+            f"{reader.folder}: config.json describes a {found.__name__} that cannot be built ({error}); get the file "
+            "from its publisher again"
+        ) from error
 
 
 def refuse_protected(name: str, manifest: dict[str, Any] | None) -> None:

@@ -156,6 +156,7 @@ class _Noise:
                 reader, format, progress=progress, outlier_threshold=config.outlier_threshold
             ).global_half_width
         self.prerounding: Prerounding | None = None
+        self._in_model: dict[str, str] = {}
 
     def preround(
         self,
@@ -179,9 +180,11 @@ class _Noise:
         _, found = model_class(reader)
         self.prerounding = Prerounding(samples, self.seed)
         model = found.from_pretrained(reader.folder, dtype="auto")
-        for name, parameter in model.named_parameters():
-            parameter.data = mend(name, parameter.data)[0]
-        self.prerounding.run(model, formats)
+        self._in_model = _names_in_model(model, reader)
+        in_checkpoint = {own: name for name, own in self._in_model.items()}
+        for own, parameter in model.named_parameters():
+            parameter.data = mend(in_checkpoint.get(own, own), parameter.data)[0]
+        self.prerounding.run(model, {self._in_model.get(name, name): format for name, format in formats.items()})
 
     def draw(self, target: Target, weight: Tensor) -> tuple[Draw, Method | Literal["compensated"]]:
         """The randomized tensor in its own dtype, and the method that was used."""
@@ -216,7 +219,8 @@ class _Noise:
         if not target.format.fixed_for(weight.dtype):
             return None
         if compensated:
-            codes = None if self.prerounding is None else self.prerounding.codes(target.name, weight)
+            name = self._in_model.get(target.name, target.name)
+            codes = None if self.prerounding is None else self.prerounding.codes(name, weight)
             if codes is None:
                 return None
             exact = hand_over(weight, target.format, codes, dtype=torch.float32, name=target.name)
@@ -233,6 +237,19 @@ class _Noise:
 
     def _stream(self, target: Target) -> RandomStream:
         return RandomStream(self.seed, target.name)
+
+
+def _names_in_model(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """What the model's parameters are called in it, by the checkpoint's names, which may lack the prefix of the base
+    model (GPT-2's do) or have it where the model has none. Tensors that are merged on loading are left out."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in reader.tensors:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        if (match := next((each for each in candidates if each in own), None)) is not None:
+            found[name] = match
+    return found
 
 
 def _card_section(report: GuardReport, format: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from optimum_qguard.checkpoint.atomic import writing
 from optimum_qguard.guard.calibration import Calibration, CellSample, quartiles
-from optimum_qguard.guard.errors import QGuardConfigError
+from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +54,7 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> None:
 
     Raises:
         QGuardConfigError: see `check_plot`.
+        QGuardError: half of the tensors or more are zero, so that there is nothing to draw.
         CheckpointError: the file cannot be written.
     """
     _draw(path, calibration, [_half_widths, _s_curve])
@@ -75,8 +76,10 @@ def curve(calibration: Calibration, points: int = 49) -> dict[str, list[float]]:
 
     Raises:
         ValueError: a calibration without a sample.
+        QGuardError: see `plot_calibration`.
     """
     sample = _sample_of(calibration)
+    _check_drawable(calibration)
     sigmas = (calibration.global_half_width * torch.logspace(-1.5, 1.5, points, dtype=torch.float64)).tolist()
     shares = {"sigma": sigmas, "share_changed": [sample.share_changed(sigma) for sigma in sigmas]}
     if calibration.has_closed_form:
@@ -90,8 +93,17 @@ def _sample_of(calibration: Calibration) -> CellSample:
     return calibration.sample
 
 
+def _check_drawable(calibration: Calibration) -> None:
+    if calibration.global_half_width == 0:
+        raise QGuardError(
+            "every weight of half the tensors or more is zero, so their cells have no width and there is nothing to "
+            "draw; leave the plot out"
+        )
+
+
 def _draw(path: str | Path, calibration: Calibration, panels: list[Callable[[Axes, Calibration], None]]) -> None:
     check_plot(path)
+    _check_drawable(calibration)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -95,7 +95,7 @@ def tokenize_samples(texts: Sequence[str], model: Any, sequences: int = SEQUENCE
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=getattr(model.config, "_commit_hash", None) or "main"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise QGuardConfigError(
             f"{model.name_or_path}: has no tokenizer that transformers can load, so the texts of compensate cannot be "
             "used; put the tokenizer's files beside the weights, or use compensate='auto'"

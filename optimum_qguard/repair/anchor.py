@@ -29,7 +29,7 @@ from optimum_qguard.checkpoint.mapped import map_tensor
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.repair.errors import RepairError
 from optimum_qguard.repair.merged import Stored, merged_tensors
-from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_layers, transformers_model
+from optimum_qguard.repair.modules import DEFAULT_MODULES, anchored_layers, as_patterns, transformers_model
 from optimum_qguard.repair.weights import LoraWeight, PlainWeight, Weight, reduce_squares, weight_of
 
 __all__ = ["DEFAULT_MODULES", "Anchor", "AnchorCallback"]
@@ -71,6 +71,7 @@ class Anchor:
                 that are no numbers; a pattern matches nothing; adapters or sharding that an anchor cannot hold.
             CheckpointError: it cannot be read.
         """
+        modules = as_patterns(modules)
         reader = open_checkpoint(source, revision=revision)
         if reader.quantization_config is not None:
             raise RepairError(f"{source}: is quantized, so it cannot be an anchor; name its full-precision original")
@@ -85,7 +86,7 @@ class Anchor:
                     "model's tensors"
                 )
             _check(reader, stored[name], weight_of(name, layer).shape, str(source), _architectures(reader, inner))
-        return cls(reader, {name: stored[name] for name in layers}, tuple(modules))
+        return cls(reader, {name: stored[name] for name in layers}, modules)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,7 +156,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
     `AnchorTrainer`; elsewhere ``trainer.callback_handler.callbacks.insert(0, callback)`` puts it there.
 
     Args:
-        anchor: a clean checkpoint of the same architecture: a folder, or a Hub id with optional ``@revision``.
+        anchor: a clean checkpoint of the same architecture: a folder, or a Hub id with optional ``@revision``; or an
+            `Anchor` that was opened for the model, and says by itself which layers.
         strength: λ, 0 or more.
         decoupled: pull the weights after the optimizer's step, instead of adding the gradient before it.
         modules: which layers; see `anchored_layers`.
@@ -168,7 +170,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        anchor: str | Path,
+        anchor: str | Path | Anchor,
         *,
         strength: float,
         decoupled: bool = False,
@@ -180,7 +182,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
         self.source = anchor
         self.strength = strength
         self.decoupled = decoupled
-        self.modules = tuple(modules)
+        self.modules = anchor.modules if isinstance(anchor, Anchor) else as_patterns(modules)
         self.log = log
         self.anchor: Anchor | None = None
 
@@ -189,7 +191,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise RepairError("an anchor does not work with DeepSpeed, which hides the gradients; use FSDP 2")
-        self.anchor = Anchor.open(self.source, model, modules=self.modules)
+        source = self.source
+        self.anchor = source if isinstance(source, Anchor) else Anchor.open(source, model, modules=self.modules)
         weights = [weight_of(name, layer) for name, layer in anchored_layers(model, self.modules).items()]
         if not any(weight.trained for weight in weights):
             raise RepairError("none of the anchored weights is trained; name the layers that are in modules")

@@ -19,7 +19,17 @@ _LOGGED_EVERY = 10
 
 
 class Diverged(Exception):
-    """Training went wrong; the message says at which step and how."""
+    """Training went wrong.
+
+    Args:
+        step: at which step.
+        problem: how.
+        weights_of: the step whose weights show it.
+    """
+
+    def __init__(self, step: int, problem: str, *, weights_of: int) -> None:
+        super().__init__(f"step {step}: {problem}")
+        self.weights_of = weights_of
 
 
 def training_arguments(
@@ -74,7 +84,8 @@ class RepairTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss):
-            raise Diverged(f"step {self.state.global_step + 1}: the loss is {float(loss)}")
+            step = self.state.global_step
+            raise Diverged(step + 1, f"the loss is {float(loss)}", weights_of=step)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -90,15 +101,17 @@ def check_finite(model: Any, step: int) -> None:
     """Raise `Diverged` if a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not parameter.detach().isfinite().all():
-            raise Diverged(f"step {step}: {name} is not finite any more")
+            raise Diverged(step, f"{name} is not finite any more", weights_of=step)
 
 
-class Rate(TrainerCallback):  # type: ignore[misc]
-    """The learning rate of this run, in place of that of the checkpoint it goes on from."""
+class OwnSettings(TrainerCallback):  # type: ignore[misc]
+    """The learning rate of this run, and how often it measures and saves, in place of those of the checkpoint it goes
+    on from."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
+        state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
         scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
         if all(rate == args.learning_rate for rate in scheduler.base_lrs):
             return
@@ -162,7 +175,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, loss = validations(state.log_history)[-1]
         if not math.isfinite(loss):
-            raise Diverged(f"step {step}: the validation loss is {loss}")
+            raise Diverged(step, f"the validation loss is {loss}", weights_of=step)
         if step == 0:
             return
         if best_step(state.log_history) == step:

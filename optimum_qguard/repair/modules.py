@@ -34,6 +34,11 @@ class Layer:
     parameter: str = _LINEAR
 
 
+def as_patterns(modules: Sequence[str]) -> tuple[str, ...]:
+    """Patterns as a tuple; a string is one pattern, and not one for each of its letters."""
+    return (modules,) if isinstance(modules, str) else tuple(modules)
+
+
 def anchored_layers(model: nn.Module, modules: Sequence[str] = DEFAULT_MODULES) -> dict[str, Layer]:
     """The layers that patterns name, by the names of their weights in the model of transformers.
 

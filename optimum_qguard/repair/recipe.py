@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from optimum_qguard.repair.anchor import DEFAULT_MODULES
 from optimum_qguard.repair.errors import RepairError
+from optimum_qguard.repair.modules import as_patterns
 
 DTYPES = ("float32", "bfloat16")
 _LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -52,14 +53,22 @@ class Recipe:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", tuple(self.modules))
+        object.__setattr__(self, "modules", as_patterns(self.modules))
         least = {"steps": 1, "warmup_steps": 0, "block_size": 2, "accumulate": 1, "evaluate_every": 1, "seed": 0}
         for name, bound in {**least, "patience": 1, "checkpoint_every": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is None and name == "patience":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RepairError(f"{name.replace('_', ' ')} is {value!r}; it is a whole number")
+            if value < bound:
                 raise RepairError(f"{name.replace('_', ' ')} is {value}; it is at least {bound}")
         if self.seed > _LARGEST_SEED:
             raise RepairError(f"seed is {self.seed}; it is at most {_LARGEST_SEED}")
+        for name in ("strength", "learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise RepairError(f"{name.replace('_', ' ')} is {value!r}; it is a number")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise RepairError(f"strength is {self.strength:g}; it is 0 or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

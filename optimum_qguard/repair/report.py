@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -32,12 +33,20 @@ class Loss(BaseModel):
 
 
 class Validation(BaseModel):
-    """The perplexity of the validation text, in blocks, after so many steps."""
+    """The perplexity of the validation text, in blocks, after so many steps; ``None`` where it is beyond 1e308."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
-    perplexity: float
+    perplexity: float | None
+
+
+def perplexity_of(loss: float) -> float | None:
+    """``exp(loss)``, if floating-point numbers go so far."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 class RepairReport(BaseModel):
@@ -91,12 +100,12 @@ class RepairReport(BaseModel):
 
     @property
     def perplexity_before(self) -> float | None:
-        """Of the validation text, before the first step."""
+        """Of the validation text, before the first step; ``None`` without one, and beyond 1e308."""
         return self.validation[0].perplexity if self.validation else None
 
     @property
     def perplexity_after(self) -> float | None:
-        """Of the validation text, with the weights that were written."""
+        """Of the validation text, with the weights that were written; ``None`` likewise."""
         measured = {each.step: each.perplexity for each in self.validation}
         return measured.get(self.steps_done)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_qguard.checkpoint import CheckpointError, CheckpointReader, open_checkpoint
+from optimum_qguard.checkpoint.description import REPAIR_FILE
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
 from optimum_qguard.checkpoint.writer import write_transformed
@@ -24,7 +24,7 @@ from optimum_qguard.repair.anchor import Anchor, AnchorCallback
 from optimum_qguard.repair.blocks import Blocks, passes, token_blocks
 from optimum_qguard.repair.errors import RepairError
 from optimum_qguard.repair.recipe import Recipe
-from optimum_qguard.repair.report import Loss, RepairReport, Validation
+from optimum_qguard.repair.report import Loss, RepairReport, Validation, perplexity_of
 from optimum_qguard.repair.source import check_source, check_vocabulary, load_model, load_tokenizer
 from optimum_qguard.repair.stored import stored_tensors
 from optimum_qguard.repair.workspace import Workspace, workspace
@@ -93,6 +93,9 @@ def repair_checkpoint(
     blocks = token_blocks(tokenizer, text, size)
     held_out = None if validation is None else token_blocks(tokenizer, validation, size, name="the validation text")
     repair = _Repair(model, reader, anchor, recipe, kept)
+    for folder in (final, *kept.values()):
+        if repair.anchor is not None and folder.resolve() == repair.anchor.reader.folder.resolve():
+            raise RepairError(f"{folder}: is the anchor's folder; name another folder to write to")
     for each in (blocks, held_out):
         if each is not None:
             check_vocabulary(repair.model, each)
@@ -106,13 +109,13 @@ def repair_checkpoint(
     }
     with workspace(final, resume=resume, overwrite=overwrite) as work:
         work.begin(settings, resume=resume)
-        _check_steps(work, recipe.steps)
+        _check_steps(work, recipe.steps, kept)
         check_space(final, _needed(repair, validated=held_out is not None) - work.size)
         try:
             step, history = repair.train(work, blocks, held_out, device, progress, overwrite=overwrite or resume)
             return repair.write(final, step, history, overwrite=overwrite)
         except loop.Diverged as error:
-            raise RepairError(f"{error}; {_advice(work)}") from None
+            raise RepairError(f"{error}; {_advice(work, error)}") from None
         except KeyboardInterrupt:
             if work.checkpoint is None:
                 raise
@@ -147,13 +150,12 @@ class _Repair:
         self.name, self.revision = name_and_revision(name, reader)
         self.model = load_model(reader)
         stored_tensors(self.model, reader)  # raises what is to be known before training
-        self.anchor_path = anchor
         self.anchor_name: str | None = None
         self.anchor_revision: str | None = None
         self.anchor: Anchor | None = None
         if anchor is not None:
-            self.anchor_name, self.anchor_revision = name_and_revision(anchor, open_checkpoint(anchor))
             self.anchor = Anchor.open(anchor, self.model, modules=recipe.modules)
+            self.anchor_name, self.anchor_revision = name_and_revision(anchor, self.anchor.reader)
         self.distance_before = self._distance()
 
     def train(
@@ -188,18 +190,11 @@ class _Repair:
             ),
             train_dataset=Blocks(blocks, passes(len(blocks), steps * recipe.accumulate, recipe.seed)),
             eval_dataset=None if held_out is None else Blocks(held_out),
-            callbacks=[loop.Rate()],
+            callbacks=[loop.OwnSettings()],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        if self.anchor_path is not None:
-            trainer.add_callback(
-                AnchorCallback(
-                    self.anchor_path,
-                    strength=recipe.strength,
-                    decoupled=recipe.decoupled,
-                    modules=recipe.modules,
-                )
-            )
+        if self.anchor is not None:
+            trainer.add_callback(AnchorCallback(self.anchor, strength=recipe.strength, decoupled=recipe.decoupled))
         if best is not None:
             trainer.add_callback(best)
         if progress is not None:
@@ -213,6 +208,9 @@ class _Repair:
         history: list[dict[str, Any]] = trainer.state.log_history
         step: int = trainer.state.global_step
         if best is not None:
+            if loop.validations(history)[-1][0] != step:
+                trainer.evaluate()  # it went on from its last step, after which an earlier run went on, unmeasured
+                history = trainer.state.log_history
             step = loop.best_step(history) or step
             best.load(self.model, step)
         return step, history
@@ -248,7 +246,9 @@ class _Repair:
                 Loss(step=entry["step"], loss=entry["loss"], anchor_distance=entry.get("anchor_distance"))
                 for entry in losses
             ),
-            validation=tuple(Validation(step=at, perplexity=math.exp(loss)) for at, loss in loop.validations(history)),
+            validation=tuple(
+                Validation(step=at, perplexity=perplexity_of(loss)) for at, loss in loop.validations(history)
+            ),
             anchor_distance_before=self.distance_before,
             anchor_distance_after=self._distance(),
             seconds=time.monotonic() - self.started,
@@ -268,12 +268,22 @@ def _digest(blocks: Tensor) -> str:
     return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_steps(work: Workspace, steps: int) -> None:
-    if work.checkpoint is not None and work.checkpoint[0] > steps:
+def _check_steps(work: Workspace, steps: int, kept: Mapping[int, Path]) -> None:
+    if work.checkpoint is None:
+        return
+    done = work.checkpoint[0]
+    again = "begin again without --resume and with --overwrite"
+    if done > steps:
         raise RepairError(
-            f"the checkpoint in {work.folder} is of step {work.checkpoint[0]} already, beyond the {steps} steps asked "
-            "for; give more, or begin again without --resume and with --overwrite"
+            f"the checkpoint in {work.folder} is of step {done} already, beyond the {steps} steps asked for; give "
+            f"more, or {again}"
         )
+    for step, folder in kept.items():
+        if step <= done and not (folder / REPAIR_FILE).is_file():
+            raise RepairError(
+                f"the weights after step {step} are to be kept, and were not: the checkpoint in {work.folder} is of "
+                f"step {done} already; leave that step out, or {again}"
+            )
 
 
 def _needed(repair: _Repair, *, validated: bool) -> int:
@@ -283,13 +293,20 @@ def _needed(repair: _Repair, *, validated: bool) -> int:
     return repair.reader.n_bytes * (1 + len(repair.kept)) + per_weight * n_weights
 
 
-def _advice(work: Workspace) -> str:
+def _advice(work: Workspace, error: loop.Diverged) -> str:
     last = work.checkpoint
     if last is None:
         return "nothing was written; try a lower learning rate or strength"
+    step = last[0]
+    if step == error.weights_of:
+        # It has these very weights, so whoever goes on from it comes here again.
+        return (
+            f"nothing was written, and the checkpoint of step {step} in {work.folder} is as bad: begin anew with "
+            "--overwrite and a lower learning rate or strength"
+        )
     return (
-        f"nothing was written, and the checkpoint of step {last[0]} lies in {work.folder}: go on from it with --resume "
-        "and a lower learning rate or strength"
+        f"nothing was written, and the checkpoint of step {step} lies in {work.folder}: go on from it with --resume "
+        "and a lower learning rate or strength; where that ends like this, begin anew with --overwrite"
     )
 
 

@@ -40,7 +40,7 @@ def load_tokenizer(reader: CheckpointReader) -> Any:
     """The checkpoint's tokenizer; `RepairError` if it has none that transformers can load."""
     try:
         return transformers.AutoTokenizer.from_pretrained(reader.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise RepairError(f"{reader.folder}: has no tokenizer that transformers can load: {error}") from error
 
 
@@ -50,7 +50,7 @@ def load_model(reader: CheckpointReader) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
             reader.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise RepairError(f"{reader.folder}: was not loaded as a causal language model: {error}") from error
 
 

@@ -10,9 +10,12 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from optimum_qguard.checkpoint import atomic_write
 from optimum_qguard.checkpoint.output import claim_folder
@@ -20,6 +23,8 @@ from optimum_qguard.repair.errors import RepairError
 
 _SETTINGS_FILE = "settings.json"
 _STATE_FILE = "trainer_state.json"
+_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+_AGAIN = "begin again without --resume and with --overwrite"
 
 
 class Workspace:
@@ -47,17 +52,18 @@ class Workspace:
         """Check that a run that goes on is the one that was begun, and write down what it is.
 
         Raises:
-            RepairError: it was begun with other settings.
+            RepairError: it was begun with other settings, or what it left is damaged.
             CheckpointError: it cannot be written.
         """
         path = self.folder / _SETTINGS_FILE
         if resume and self.checkpoint is not None:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _settings(path)
+            _check_files(self.checkpoint[1])
             for name, value in settings.items():
                 if before.get(name) != value:
                     raise RepairError(
                         f"the run in {self.folder} was begun with another {name} ({before.get(name)}, now {value}); "
-                        "give the same, or begin again without --resume and with --overwrite"
+                        f"give the same, or {_AGAIN}"
                     )
         else:
             self._clear()
@@ -130,6 +136,33 @@ def _step(checkpoint: Path) -> int | None:
     """The step of a complete checkpoint."""
     try:
         step: int = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return step
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise RepairError(f"{path}: is damaged, so nothing can go on from there; {_AGAIN}")
+    return settings
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raise `RepairError` if one of a checkpoint's files lacks its end, as after a power failure: the trainer would
+    say neither which nor what to do, and would go on without an optimizer's state that is missing."""
+    for name in _CHECKPOINT_FILES:
+        path = checkpoint / name
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    whole = True
+            else:
+                whole = zipfile.is_zipfile(path)
+        except (OSError, SafetensorError):
+            whole = False
+        if not whole:
+            raise RepairError(f"{path}: is missing or damaged, so nothing can go on from there; {_AGAIN}")

@@ -63,6 +63,14 @@ def test_refused(
     assert "pip install 'optimum-qguard[plot]'" in refused(*arguments, tmp_path / "plot.png")
 
 
+def test_nothing_to_draw(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_llama / "model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    arguments = ["calibrate", tmp_path, "--format", "nf4", "--plot", tmp_path / "plot.png", "--json"]
+    assert "is zero, so their cells have no width and there is nothing to draw" in refused(*arguments)
+
+
 def test_nan_weights(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(tiny_llama / "model.safetensors")

@@ -178,6 +178,7 @@ class TestRefused:
             (["--seed", "-1"], "seed is -1"),
             (["--seed", "zebra"], "seed is 'zebra'"),
             (["--group-size", "32"], "group"),
+            (["--format", "nf4", "--group-size", "0"], "--group-size means nothing for nf4"),
             (["--dataset", "text.txt"], "--dataset"),
         ],
     )
@@ -228,6 +229,10 @@ class TestRefused:
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
         assert "NewForCausalLM" in refused("guard", model, tmp_path / "out", "--format", format)
+        for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": -1}, {"hidden_act": "zz"}):
+            (model / "config.json").write_text(json.dumps({**config, **wrong}))
+            line = refused("guard", model, tmp_path / "out", "--format", format)
+            assert "not foreseen" not in line
         (model / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
         assert "unheard-of" in refused("guard", model, tmp_path / "out", "--format", format)
 

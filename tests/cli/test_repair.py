@@ -19,7 +19,7 @@ from optimum_qguard.repair import loop
 from optimum_qguard.repair.recipe import Recipe
 from optimum_qguard.repair.report import RepairReport
 
-FAST = ["--steps", 4, "--block-size", 32, "--learning-rate", "1e-3", "--strength", 100, "--device", "cpu"]
+FAST = ["--steps", 4, "--block-size", 32, "--learning-rate", "1e-3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,22 @@ def test_every_option(qguard: Callable[..., Any], models: Path, tmp_path: Path) 
     }
     assert [entry["step"] for entry in report["validation"]] == [0, 2, 4, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2", "out-4"]
+
+
+def test_steps_that_were_not_reached(qguard: Callable[..., Any], models: Path, tmp_path: Path) -> None:
+    """Validation ended training before them, and whoever waits for their weights is told."""
+    (tmp_path / "other.txt").write_text(" ".join(f"w{index * 31 % 128}" for index in range(400)))
+    (tmp_path / "narrow.txt").write_text(words(64))
+    result = qguard(
+        "repair", models / "damaged", tmp_path / "out", "--data", tmp_path / "narrow.txt", "--validation",
+        tmp_path / "other.txt", "--steps", 40, "--block-size", 32, "--learning-rate", "3e-3", "--device", "cpu",
+        "--evaluate-every", 4, "--patience", 1, "--checkpoint-every", 0, "--keep-at", "1,39,40",
+    )  # fmt: skip
+    report = RepairReport.model_validate_json((tmp_path / "out" / "repair.json").read_text())
+    assert report.steps_trained < 39
+    ended = f"Training ended at step {report.steps_trained}"
+    assert (result.code, result.err) == (0, f"{ended}, so the weights after step 39, 40 are not there.\n")
+    assert (tmp_path / "out-1").is_dir()
 
 
 def test_a_data_set(qguard: Callable[..., Any], models: Path, tmp_path: Path) -> None:
@@ -157,6 +173,8 @@ class TestBadInput:
             (["--anchor", "./nowhere"], "nowhere: no such folder or file"),
             (["--anchor", "other"], "proj"),
             (["--modules", "nothing"], "nothing"),
+            (["--patience", "2"], "--patience means nothing without --validation; give both, or leave it out"),
+            (["--evaluate-every", "2"], "--evaluate-every means nothing without --validation"),
             (["--strength", "5000"], "strength 5000 times the learning rate is 5: more than 1 goes beyond the anchor"),
             (["--learning-rate", "1e18", "--warmup-steps", "0", "--strength", "0"], "step 2: the loss is nan; nothing"),
         ],
@@ -176,6 +194,13 @@ class TestBadInput:
         given = {"--data": models / "text.txt", "--anchor": models / "clean"}
         defaults = [part for name, value in given.items() if name not in options for part in (name, value)]
         assert says in refused("repair", models / "damaged", tmp_path / "out", *FAST, *defaults, *options)
+
+    @pytest.mark.parametrize("options", [["--strength", 9], ["--coupled"], ["--modules", "q_proj"]])
+    def test_how_to_hold_and_no_anchor(
+        self, options: list[object], refused: Callable[..., str], models: Path, tmp_path: Path
+    ) -> None:
+        line = refused("repair", models / "damaged", tmp_path / "out", "--data", models / "text.txt", *FAST, *options)
+        assert f"{options[0]} means nothing without --anchor; give both" in line
 
     def test_no_tokenizer(self, refused: Callable[..., str], models: Path, tmp_path: Path) -> None:
         shutil.copytree(models / "damaged", tmp_path / "in", ignore=shutil.ignore_patterns("token*"))

@@ -1,5 +1,6 @@
 """A full-precision checkpoint noised for a format: the quantizer, given it, chooses the symbols that were drawn."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,17 @@ def test_experts(tmp_path: Path, format: str) -> None:
     assert experts <= names
     if format.startswith("gguf"):
         assert not any(name.endswith("gate.weight") for name in names)
+
+
+def test_errors_are_fed_back_in_a_checkpoint_without_the_base_models_prefix(tmp_path: Path) -> None:
+    """As GPT-2's on the Hub: the tensors' names are not the model's."""
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=128, vocab_size=300)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "with")
+    shutil.copytree(tmp_path / "with", tmp_path / "without")
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors(tmp_path / "with").items()}
+    save_file(plain, tmp_path / "without" / "model.safetensors", {"format": "pt"})
+    for name in ("with", "without"):
+        options: dict[str, Any] = {"compensate": "auto", "seed": SEED}
+        report = guard_checkpoint(tmp_path / name, tmp_path / f"{name}-out", "int8-rowwise", **options)
+        assert {tensor.method for tensor in report.tensors} == {"compensated"}
+        assert len(report.tensors) == 4

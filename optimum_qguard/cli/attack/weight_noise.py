@@ -31,14 +31,13 @@ def command(
     """
     from dataclasses import asdict
 
-    from transformers import AutoTokenizer
-
     from optimum_qguard.attacks.errors import AttackError
     from optimum_qguard.attacks.weight_noise import add_weight_noise
     from optimum_qguard.checkpoint import open_checkpoint, transform_checkpoint
     from optimum_qguard.checkpoint.output import check_output
     from optimum_qguard.cli._console import print_json, progress_bar, results
     from optimum_qguard.evaluate import standard_library_text
+    from optimum_qguard.evaluate.loading import load_tokenizer
     from optimum_qguard.evaluate.perplexity import perplexity
     from optimum_qguard.guard.architecture import model_class, refuse_quantized
 
@@ -47,7 +46,7 @@ def command(
     check_output(out, reader.folder, overwrite=overwrite)
     text = standard_library_text(_CHARACTERS_PER_TOKEN * tokens) if dataset is None else _read(dataset)
     with progress_bar(f"Noise for a ratio of {ratio:g}"):
-        tokenizer = AutoTokenizer.from_pretrained(reader.folder)
+        tokenizer = load_tokenizer(reader.folder)
         loaded = model_class(reader)[1].from_pretrained(reader.folder, dtype="auto")
         noise = add_weight_noise(
             loaded, lambda noisy: perplexity(noisy, tokenizer, text, max_tokens=tokens), ratio, seed=seed
