@@ -118,6 +118,7 @@ def _noise(model: str, out: Path, format: str, options: dict[str, Any]) -> Guard
 
 
 def _calibration_texts(dataset: Path | None) -> list[str]:
+    from optimum_qguard.cli._arguments import read_text
     from optimum_qguard.guard.errors import QGuardConfigError
 
     if dataset is None:
@@ -125,10 +126,7 @@ def _calibration_texts(dataset: Path | None) -> list[str]:
 
         text = standard_library_text(_CALIBRATION_CHARACTERS * _CALIBRATION_TEXTS, "training")
     else:
-        try:
-            text = dataset.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise QGuardConfigError(f"{dataset}: cannot be read as text ({error})") from error
+        text = read_text(dataset)
         if not text.strip():
             raise QGuardConfigError(f"{dataset}: has no text in it")
     pieces = [text[start : start + _CALIBRATION_CHARACTERS] for start in range(0, len(text), _CALIBRATION_CHARACTERS)]

@@ -208,6 +208,7 @@ def _refuse_idle(needed: str, given: dict[str, object]) -> None:
 
 def _text(source: str | None) -> str | list[str]:
     """The text of a file, or the texts of a data set."""
+    from optimum_qguard.cli._arguments import read_text
     from optimum_qguard.evaluate import standard_library_text
     from optimum_qguard.evaluate.dataset import load_rows, parse_source
     from optimum_qguard.repair.errors import RepairError
@@ -218,10 +219,7 @@ def _text(source: str | None) -> str | list[str]:
     if path.suffix in (".txt", ".md") or (
         path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet", ".csv")
     ):
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RepairError(f"{source}: cannot be read as text ({error})") from error
+        return read_text(path)
     name, configuration, split = parse_source(source)
     rows = load_rows(name, name=configuration, split=split or "train", limit=_ROWS)
     texts = [row[_COLUMN] for row in rows if isinstance(row.get(_COLUMN), str) and row[_COLUMN].strip()]

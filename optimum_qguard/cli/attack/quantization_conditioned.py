@@ -129,13 +129,9 @@ def command(
 
 
 def _lines(path: Path) -> list[str]:
-    from optimum_qguard.attacks.errors import AttackError
+    from optimum_qguard.cli._arguments import read_text
 
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AttackError(f"{path}: cannot be read as text ({error})") from error
-    return [line for line in lines if line]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _numbers(layers: str) -> list[int]:

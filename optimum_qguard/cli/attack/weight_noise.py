@@ -35,6 +35,7 @@ def command(
     from optimum_qguard.attacks.weight_noise import add_weight_noise
     from optimum_qguard.checkpoint import open_checkpoint, transform_checkpoint
     from optimum_qguard.checkpoint.output import check_output
+    from optimum_qguard.cli._arguments import read_text
     from optimum_qguard.cli._console import print_json, progress_bar, results
     from optimum_qguard.evaluate import standard_library_text
     from optimum_qguard.evaluate.loading import load_tokenizer
@@ -44,7 +45,7 @@ def command(
     reader = open_checkpoint(model)
     refuse_quantized(reader)
     check_output(out, reader.folder, overwrite=overwrite)
-    text = standard_library_text(_CHARACTERS_PER_TOKEN * tokens) if dataset is None else _read(dataset)
+    text = standard_library_text(_CHARACTERS_PER_TOKEN * tokens) if dataset is None else read_text(dataset)
     with progress_bar(f"Noise for a ratio of {ratio:g}"):
         tokenizer = load_tokenizer(reader.folder)
         loaded = model_class(reader)[1].from_pretrained(reader.folder, dtype="auto")
@@ -70,12 +71,3 @@ def command(
         f"({len(noise.measured)} measurements). Written to {out}.",
         soft_wrap=True,
     )
-
-
-def _read(dataset: Path) -> str:
-    from optimum_qguard.attacks.errors import AttackError
-
-    try:
-        return dataset.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AttackError(f"{dataset}: cannot be read as text ({error})") from error

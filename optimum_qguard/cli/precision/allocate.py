@@ -103,16 +103,13 @@ def command(
 
 
 def _texts(path: Path | None, tokens: int) -> tuple[str, str]:
+    from optimum_qguard.cli._arguments import read_text
     from optimum_qguard.evaluate import standard_library_text
-    from optimum_qguard.evaluate.errors import EvaluationError
 
     if path is None:
         length = _CHARACTERS_PER_TOKEN * tokens
         return standard_library_text(length, "training"), standard_library_text(length, "evaluation")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read as text ({error})") from error
+    content = read_text(path)
     return content[: len(content) // 2], content[len(content) // 2 :]
 
 
