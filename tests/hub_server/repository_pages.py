@@ -55,7 +55,7 @@ class RepositoryPages(Pages):
     def info(self, repo: str, revision: str = "main") -> None:
         repository = self._repository(repo)
         commit = self._commit(repository, revision)
-        data = card_data(commit.files["README.md"].bytes.decode()) if "README.md" in commit.files else {}
+        data = card_data(commit.files["README.md"].bytes.decode(errors="replace")) if "README.md" in commit.files else {}
         siblings: list[dict[str, Any]] = [{"rfilename": name} for name in sorted(commit.files)]
         if self.query.get("blobs") in ("true", "True", "1"):
             siblings = [{"rfilename": name} | _blob_fields(commit.files[name]) for name in sorted(commit.files)]
