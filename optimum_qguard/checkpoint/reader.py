@@ -172,7 +172,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         CheckpointError: the folder or repository is missing, has no safetensors weights, a shard is missing, truncated
             or malformed, the index names a tensor that is not there or a file outside the folder.
     """
-    path = local_path(model)
+    path = local_path(model, revision)
     if path is not None:
         return CheckpointReader(path)
     if isinstance(model, str) and looks_like_hub_id(model):

@@ -220,7 +220,7 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     Raises:
         CheckpointError: there is no such folder, file or repository, or it cannot be listed.
     """
-    path = local_path(model)
+    path = local_path(model, revision)
     if path is not None:
         return FolderRepository(path)
     if isinstance(model, str) and looks_like_hub_id(model):

@@ -120,6 +120,13 @@ def test_no_such_folder(tmp_path: Path) -> None:
         assert "no-such-user/x: cannot be looked for (" in error_of("~no-such-user/x", opens)
 
 
+def test_a_folder_has_no_revisions(write: Write) -> None:
+    folder = write()
+    for opens in (open_checkpoint, open_repository):
+        with pytest.raises(CheckpointError, match="where there is no revision v2; leave that out"):
+            opens(folder, revision="v2")
+
+
 def test_no_weights(tmp_path: Path) -> None:
     assert "no safetensors weights" in error_of(tmp_path)
 
