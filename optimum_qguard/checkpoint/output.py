@@ -63,13 +63,17 @@ def check_output(out: str | Path, source: Path, *, overwrite: bool = False) -> N
     Raises:
         CheckpointError: ``out`` is a file, is not empty (without ``overwrite``), or is the input or in it.
     """
-    final = Path(out).expanduser()
-    if final.exists() and not final.is_dir():
-        raise CheckpointError(f"{out}: is a file; name a folder to write to")
-    if final.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{out}: is the input's folder or lies in it; name another folder to write to")
-    if not overwrite and final.is_dir() and any(final.iterdir()):
-        raise CheckpointError(f"{out}: exists and is not empty; name another folder, or give --overwrite")
+    try:
+        final = Path(out).expanduser()
+        if final.exists() and not final.is_dir():
+            raise CheckpointError(f"{out}: is a file; name a folder to write to")
+        if final.resolve().is_relative_to(source.resolve()):
+            raise CheckpointError(f"{out}: is the input's folder or lies in it; name another folder to write to")
+        if not overwrite and final.is_dir() and any(final.iterdir()):
+            raise CheckpointError(f"{out}: exists and is not empty; name another folder, or give --overwrite")
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
+        raise CheckpointError(f"{out}: cannot be written to ({reason}); name another folder") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -125,8 +129,11 @@ def claim_folder(folder: Path, out: str | Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = os.open(folder, os.O_RDONLY)
+        # A link that somebody else put there would have what it leads to emptied.
+        claim = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
+        if folder.is_symlink():
+            raise CheckpointError(f"{out}: {folder} is a link, and is not followed; delete it") from error
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +146,7 @@ def claim_folder(folder: Path, out: str | Path) -> int:
 def _empty(folder: Path) -> None:
     """Delete what a killed run left."""
     for left in folder.iterdir():
-        if left.is_dir():
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
             left.unlink()

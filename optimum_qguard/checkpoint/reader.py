@@ -16,6 +16,7 @@ from optimum_qguard.checkpoint.header import Header, TensorInfo, read_header
 from optimum_qguard.checkpoint.hub import download_snapshot, looks_like_hub_id
 from optimum_qguard.checkpoint.index import parse_index
 from optimum_qguard.checkpoint.json_object import parse_object
+from optimum_qguard.checkpoint.local import local_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -171,14 +172,12 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         CheckpointError: the folder or repository is missing, has no safetensors weights, a shard is missing, truncated
             or malformed, the index names a tensor that is not there or a file outside the folder.
     """
-    if model == "":  # a variable that is not set, and not the working directory
-        raise CheckpointError("the model's name is empty; name a folder or a repository")
-    path = Path(model).expanduser()
-    if path.exists():
+    path = local_path(model, revision)
+    if path is not None:
         return CheckpointReader(path)
     if isinstance(model, str) and looks_like_hub_id(model):
         return CheckpointReader(download_snapshot(model, revision))
-    raise CheckpointError(f"{path}: no such folder or file")
+    raise CheckpointError(f"{model}: no such folder or file")
 
 
 def _allowed_roots(folder: Path) -> tuple[Path, ...]:

@@ -20,6 +20,7 @@ from optimum_qguard.checkpoint.connection import HubConnection
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.hub import looks_like_hub_id, split_hub_id
 from optimum_qguard.checkpoint.json_object import parse_object
+from optimum_qguard.checkpoint.local import local_path
 
 _MOST_FILES = 100_000
 _MOST_AT_ONCE = 1 << 30
@@ -219,14 +220,12 @@ def open_repository(model: str | Path, *, revision: str | None = None) -> Reposi
     Raises:
         CheckpointError: there is no such folder, file or repository, or it cannot be listed.
     """
-    if model == "":  # a variable that is not set, and not the working directory
-        raise CheckpointError("the model's name is empty; name a folder or a repository")
-    path = Path(model).expanduser()
-    if path.exists():
+    path = local_path(model, revision)
+    if path is not None:
         return FolderRepository(path)
     if isinstance(model, str) and looks_like_hub_id(model):
         return HubRepository(*split_hub_id(model, revision))
-    raise CheckpointError(f"{path}: no such folder or file")
+    raise CheckpointError(f"{model}: no such folder or file")
 
 
 def read_object(repository: Repository, file: str) -> dict[str, Any]:

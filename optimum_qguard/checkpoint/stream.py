@@ -66,9 +66,10 @@ def rewrite_shards(
         SHA-256 of each file that was written, in hexadecimal.
 
     Raises:
-        CheckpointError: a file cannot be read or written.
+        CheckpointError: a file cannot be read or written, or there are no workers.
     """
-
+    if workers < 1:
+        raise CheckpointError(f"workers is a number from 1 on, not {workers}")
     stopped = threading.Event()
 
     def write(shard: str) -> str:

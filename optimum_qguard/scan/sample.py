@@ -126,8 +126,8 @@ def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
 def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
     """Runs of rows, sorted and apart, that make about `SHARE` of ``n_rows`` rows of ``length`` weights.
 
-    One in each equal part of the tensor, equally long. Rows after the last whole block, fewer than 256, are only looked
-    at where all are.
+    One in each equal part of the tensor, equally long; but rows after the last whole block, fewer than 256, go with a
+    run that ends there.
     """
     unit = _aligned(length)
     units = n_rows // unit
@@ -142,7 +142,8 @@ def runs(n_rows: int, length: int, seed: int, *, remote: bool) -> list[range]:
         first, last = part * units // count, (part + 1) * units // count - each
         # As often as the part's middle its ends would be beyond: so no row is less likely than another.
         start = min(max(generator.randrange(first - each + 1, last + each), first), last)
-        found.append(range(start * unit, (start + each) * unit))
+        stop = start + each
+        found.append(range(start * unit, n_rows if stop == units else stop * unit))
     return found
 
 

@@ -33,7 +33,7 @@ class StoredTensor:
     """One tensor of a repository.
 
     Attributes:
-        id: its name, or ``file:name`` where several files have tensors of this name.
+        id: its name, or ``file:name`` where several files have tensors of this name; unique whatever the names are.
         file: that holds it.
         info: what the file's header says.
         transposed: whether it is stored as ``(in_features, out_features)`` (``Conv1D``).
@@ -108,9 +108,11 @@ def read_subject(repository: Repository, **options: Any) -> Subject:
             found += [(name, info) for info in header.tensors]
     times = Counter(info.name for _, info in found)
     is_conv1d = str(config.get("model_type")) in _CONV1D
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file_name, info in found:
         id = info.name if times[info.name] == 1 else f"{file_name}:{info.name}"
+        while id in tensors:  # or a tensor of such a name could take another one's place
+            id = f"{file_name}:{id}"
         transposed = is_conv1d and len(info.shape) == 2 and info.name.endswith(_CONV1D_NAMES)
         if _read_at_once(info, transposed) > (_LARGEST_TRANSPOSED if transposed else _LARGEST_READ):
             problems[file_name] = f"{file_name}: tensor {info.name} has the shape {info.shape}, which no model has"

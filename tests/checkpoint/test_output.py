@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from optimum_qguard.checkpoint import CheckpointError
-from optimum_qguard.checkpoint.output import output_folder
+from optimum_qguard.checkpoint.output import check_output, output_folder
 
 
 @pytest.fixture
@@ -63,3 +63,32 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path, source: Path) -> 
         (staging / "config.json").write_text("{}")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
     assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("target", ["mine", "nowhere"])
+def test_a_link_in_the_temporary_folders_place_is_not_followed(tmp_path: Path, source: Path, target: str) -> None:
+    """In a folder that others may write to, it could lead anywhere, and what is there would be deleted."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / target)
+    with (
+        pytest.raises(CheckpointError, match=r"\.out\.partial is a link, and is not followed; delete it"),
+        output_folder(tmp_path / "out", source),
+    ):
+        pass
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+def test_a_link_that_a_killed_run_left_is_deleted_and_not_what_it_leads_to(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "link").symlink_to(tmp_path / "mine")
+    with output_folder(tmp_path / "out", source) as staging:
+        assert list(staging.iterdir()) == []
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~no-such-user/out"])
+def test_a_name_that_cannot_be_looked_at(tmp_path: Path, source: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be written to \(.*\); name another folder"):
+        check_output(name if name[0] == "~" else tmp_path / name, source)

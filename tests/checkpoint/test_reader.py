@@ -100,9 +100,9 @@ def test_pages_of_read_tensors_are_given_back(tmp_path: Path) -> None:
     assert one // 2 < most < 3 * one
 
 
-def error_of(model: str | Path) -> str:
+def error_of(model: str | Path, opens: Callable[[str | Path], object] = open_checkpoint) -> str:
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(model)
+        opens(model)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -112,8 +112,19 @@ def test_no_such_folder(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none" / "x").endswith("none/x: no such folder or file")
     assert "no such folder" in error_of("./none")
     assert "name is empty" in error_of("")
-    with pytest.raises(CheckpointError, match="name is empty"):
-        open_repository("")
+    assert "name is empty" in error_of("", open_repository)
+    for opens in (open_checkpoint, open_repository):
+        assert error_of("a" * 300, opens).endswith(
+            ": cannot be looked for (File name too long); name a folder or a repository"
+        )
+        assert "no-such-user/x: cannot be looked for (" in error_of("~no-such-user/x", opens)
+
+
+def test_a_folder_has_no_revisions(write: Write) -> None:
+    folder = write()
+    for opens in (open_checkpoint, open_repository):
+        with pytest.raises(CheckpointError, match="where there is no revision v2; leave that out"):
+            opens(folder, revision="v2")
 
 
 def test_no_weights(tmp_path: Path) -> None:

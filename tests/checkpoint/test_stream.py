@@ -112,3 +112,8 @@ def test_a_file_that_cannot_be_read_is_not_one_that_cannot_be_written(
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"model/model-0000[12]-of-00002\.safetensors: cannot be read: Input/out"):
         rewrite_shards(reader, tmp_path / "out", lambda _: Look(set()))
+
+
+def test_without_workers_nothing_is_written(two_files: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="workers is a number from 1 on, not 0"):
+        rewrite_shards(open_checkpoint(two_files), tmp_path, lambda _: Look(set()), workers=0)

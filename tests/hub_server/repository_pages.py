@@ -55,7 +55,8 @@ class RepositoryPages(Pages):
     def info(self, repo: str, revision: str = "main") -> None:
         repository = self._repository(repo)
         commit = self._commit(repository, revision)
-        data = card_data(commit.files["README.md"].bytes.decode()) if "README.md" in commit.files else {}
+        card = commit.files.get("README.md")
+        data = {} if card is None else card_data(card.bytes.decode(errors="replace"))
         siblings: list[dict[str, Any]] = [{"rfilename": name} for name in sorted(commit.files)]
         if self.query.get("blobs") in ("true", "True", "1"):
             siblings = [{"rfilename": name} | _blob_fields(commit.files[name]) for name in sorted(commit.files)]

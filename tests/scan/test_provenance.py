@@ -264,6 +264,16 @@ def test_rounding_the_base_is_not_planning(
     assert any("rounded to the middle of the cells" in f.message for f in report.findings if f.format == format)
 
 
+def test_a_decoy_of_the_same_name_is_not_compared_instead(family: Callable[..., tuple[Path, Path]]) -> None:
+    base, tuned_folder = family(planned("int8-rowwise"))
+    before = scanned(tuned_folder, base)
+    (tuned_folder / "z.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    assert raised(before)
+    assert {finding.format for finding in raised(before)} <= {
+        finding.format for finding in raised(scanned(tuned_folder, base))
+    }
+
+
 def test_a_fine_tune_of_weights_on_a_grid_is_clean(family: Callable[..., tuple[Path, Path]]) -> None:
     """Small changes leave all symbols as they are, and so would the opposite ones."""
     base, model = family(tuned(1e-5), base=lambda weight: get_format("int8-rowwise").quantize(weight).dequantize())

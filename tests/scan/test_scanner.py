@@ -130,6 +130,17 @@ def test_tensors_of_the_same_name(tmp_path: Path, seeing: type[Detector]) -> Non
         assert f"'{name}': [((0,), {total})]" in message
 
 
+def test_no_name_takes_another_tensors_place(tmp_path: Path, seeing: type[Detector]) -> None:
+    """One that is called as the other would be told from its namesake."""
+    save_file({"weight": torch.full((2, 2), 1.0)}, tmp_path / "a.safetensors")
+    decoys = {"weight": torch.full((2, 2), 2.0), "a.safetensors:weight": torch.full((2, 2), 4.0)}
+    save_file(decoys, tmp_path / "b.safetensors")
+    report = scan(tmp_path, detectors=["seeing"])
+    assert report.coverage.tensors_scanned == report.coverage.tensors == 3
+    for total in (4.0, 8.0, 16.0):
+        assert f"[((0,), {total})]" in report.findings[0].message
+
+
 def test_nothing_to_scan(tmp_path: Path) -> None:
     report = scan(tmp_path)
     assert (report.verdict, report.complete) == ("skipped", False)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from optimum_qguard.checkpoint.card import CARD_FILE, merge_card
+from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.hub.bot import message
 from optimum_qguard.hub.bot.errors import BotError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelInfo
 
     from optimum_qguard.scan.report import ScanReport
 
@@ -21,6 +23,9 @@ TAG = "qguard-scanned"
 """It does not say with what verdict: tags are only ever added to a card, and that may change."""
 
 _SECTION = "scan"
+_LARGEST_CARD = 4 << 20
+
+log = logging.getLogger("qguard.bot")
 
 
 class Poster:
@@ -60,7 +65,12 @@ class Poster:
         known = self._find(report.model, commit)
         if known is not None:
             return known
-        return self._propose_card(report) if self._write == "card" else self._open_discussion(report)
+        if self._write == "card":
+            try:
+                return self._propose_card(report)
+            except CheckpointError as error:  # nobody can keep a report away by a card that cannot be edited
+                log.warning("%s: the card is left alone, there will be a discussion (%s)", report.name, error)
+        return self._open_discussion(report)
 
     def _find(self, repository: str, commit: str) -> str | None:
         return self._written(repository, message.marker(commit), commit)
@@ -86,11 +96,12 @@ class Poster:
     def _propose_card(self, report: ScanReport) -> str | None:
         from huggingface_hub import CommitOperationAdd
 
-        content = self._fingerprint(report)
+        info = self._api.model_info(report.model, revision=report.revision, files_metadata=True)
+        content = _fingerprint(info)
         with tempfile.TemporaryDirectory(prefix="qguard-card-") as name:
             folder = Path(name)
             card = folder / CARD_FILE
-            before = self._card(report)
+            before = self._card(report, info)
             if before is not None:
                 card.write_bytes(before)
                 # Merging the pull request makes a commit, which is scanned, and must not end in another one.
@@ -109,27 +120,31 @@ class Poster:
             )
         return made.pr_url
 
-    def _card(self, report: ScanReport) -> bytes | None:
-        from huggingface_hub.errors import EntryNotFoundError
-
+    def _card(self, report: ScanReport, info: ModelInfo) -> bytes | None:
+        """
+        Raises:
+            CheckpointError: it is longer than any card.
+        """
+        sizes = [file.size or 0 for file in info.siblings or [] if file.rfilename == CARD_FILE]
+        if not sizes:
+            return None
+        if sizes[0] > _LARGEST_CARD:
+            raise CheckpointError(f"{CARD_FILE}: has {sizes[0]:,} bytes, which no card has")
         with tempfile.TemporaryDirectory(prefix="qguard-card-") as folder:
-            try:
-                path = self._api.hf_hub_download(
-                    report.model, CARD_FILE, revision=report.revision, cache_dir=folder, local_dir=None
-                )
-            except EntryNotFoundError:
-                return None
+            path = self._api.hf_hub_download(
+                report.model, CARD_FILE, revision=report.revision, cache_dir=folder, local_dir=None
+            )
             return Path(path).read_bytes()
 
-    def _fingerprint(self, report: ScanReport) -> str:
-        """Of all files but the card, from what the Hub says of them."""
-        info = self._api.model_info(report.model, revision=report.revision, files_metadata=True)
-        digest = hashlib.sha256()
-        for file in sorted(info.siblings or [], key=lambda file: file.rfilename):
-            if file.rfilename != CARD_FILE:
-                identity = file.lfs.sha256 if file.lfs is not None else file.blob_id
-                digest.update(f"{file.rfilename}\0{identity}\0".encode())
-        return digest.hexdigest()
+
+def _fingerprint(info: ModelInfo) -> str:
+    """Of all files but the card, from what the Hub says of them."""
+    digest = hashlib.sha256()
+    for file in sorted(info.siblings or [], key=lambda file: file.rfilename):
+        if file.rfilename != CARD_FILE:
+            identity = file.lfs.sha256 if file.lfs is not None else file.blob_id
+            digest.update(f"{file.rfilename}\0{identity}\0".encode())
+    return digest.hexdigest()
 
 
 class Printer:

@@ -69,14 +69,16 @@ def check_ancestry(subject: Subject, alpha: float) -> Iterator[Finding]:
     name = base.repository.name
     for problem in base.problems.values():
         yield _finding(severity="note", message=f"The base {name} cannot be compared with: {problem}.", unsettled=True)
-    own = {t.info.name: t for t in subject.tensors.values() if t.is_float and t.info.n_elements}
+    # By their ids: files may have tensors of one name, and each is compared.
+    own = {id: t for id, t in subject.tensors.items() if t.is_float and t.info.n_elements}
     other = {t.info.name: t for t in base.tensors.values() if t.is_float and t.info.n_elements}
     pairs = {
-        name: (tensor, other[name])
-        for name, tensor in own.items()
-        if name in other and tensor.info.shape == other[name].info.shape and tensor.transposed == other[name].transposed
+        id: (tensor, old)
+        for id, tensor in own.items()
+        if (old := other.get(tensor.info.name)) is not None
+        and (tensor.info.shape, tensor.transposed) == (old.info.shape, old.transposed)
     }
-    strange = [name for name in own if name not in pairs]
+    strange = [id for id in own if id not in pairs]
     if strange or not pairs:
         related = len(pairs) >= len(own) / 2 and pairs
         message = (

@@ -68,6 +68,24 @@ def test_nobody_else_can_keep_a_report_away_by_a_card(hub: HubServer, commit: st
     assert Poster(TOKEN, "card").post(report(second)) == f"{hub.url}/org/model/discussions/2"
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: [\n---\n",
+        b"---\nlicense: mit\n",
+        b"\xff",
+        b"<!-- qguard:scan begin -->\n",
+        b"x" * (5 << 20),
+    ],
+)
+def test_nobody_can_keep_a_report_away_by_a_card_that_cannot_be_edited(hub: HubServer, card: bytes) -> None:
+    commit = hub.add_repository("org/model", {"model.safetensors": b"weights", "README.md": card})
+    assert Poster(TOKEN, "card").post(report(commit)) == f"{hub.url}/org/model/discussions/1"
+    (discussion,) = hub.repository("org/model").discussions
+    assert not discussion.is_pull_request
+    assert hub.bytes_sent("README.md") < 4 << 20
+
+
 def test_a_title_alone_is_not_the_report(hub: HubServer, commit: str) -> None:
     other = report(commit[:8] + "0" * 32)  # the title has eight digits of the commit only
     Poster(TOKEN, "discussion").post(other)
