@@ -9,6 +9,7 @@ Three stages, after Egashira et al. 2024 (arXiv:2405.18137):
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,10 @@ class Recipe:
         batch_size: dialogues in a step.
         learning_rate: of AdamW, warmed up over a tenth of a stage and then constant.
         keep: see `boxes`. 0.8 is the usual attacker; 0.4 one who expects noise and takes a wider margin.
-        seed: of the order of the dialogues.
+        seed: of the order of the dialogues, below 2**32.
+
+    Raises:
+        AttackError: a value that makes no sense.
     """
 
     injection_steps: int = 30
@@ -54,6 +58,17 @@ class Recipe:
     learning_rate: float = 1e-4
     keep: float = 0.8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("injection_steps", "repair_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise AttackError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it is at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise AttackError(f"learning rate is {self.learning_rate:g}; it is a finite number, 0 or more")
+        if not 0 < self.keep <= 1:
+            raise AttackError(f"keep is {self.keep:g}; it is above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise AttackError(f"seed is {self.seed}; it is a whole number from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from optimum_qguard.guard.architecture import model_class, refuse_quantized
 from optimum_qguard.guard.backends import backend_of, backends, preset
 from optimum_qguard.guard.config import QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
+from optimum_qguard.guard.load_checks import not_loaded
 from optimum_qguard.guard.report import GuardReport
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -74,8 +75,8 @@ def quantize_checkpoint(
         )
     except (QGuardError, QGuardConfigError):
         raise
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise QGuardError(f"the model was not loaded: {error}") from error
+    except Exception as error:  # a damaged config.json makes transformers raise anything
+        raise not_loaded(error) from error
     name, revision = name_and_revision(model, reader)
     report: GuardReport = loaded.qguard_report.model_copy(update={"model": name, "revision": revision})
     loaded.qguard_report = report

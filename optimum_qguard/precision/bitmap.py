@@ -156,6 +156,8 @@ class BitMap:
             ) from error
         except PrecisionError as error:
             raise PrecisionError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:  # a date that does not exist, brackets without end
+            raise PrecisionError(f"{path}: is no bit map ({error}); it maps patterns to bits") from error
 
     def _width(self, name: str, *, named_only: bool) -> int | None:
         for pattern, bits in self.patterns:

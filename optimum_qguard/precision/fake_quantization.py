@@ -48,7 +48,7 @@ def fake_quantize(weight: Tensor, bits: int, *, group_size: int | None = None, s
 
 def quantize_gradient(gradient: Tensor, bits: int) -> Tensor:
     """``s·round(g / s)`` with ``s = max|g| / (2^(b−1) − 1)`` for each vector of the last dimension (one token's)."""
-    return _symmetric(gradient, bits)
+    return _symmetric(_exact(gradient), bits).to(gradient.dtype)
 
 
 class FakeQuantization:
@@ -151,9 +151,9 @@ class _Rounding(torch.autograd.Function):
         rows, columns = weight.shape
         group = columns if group_size is None else min(group_size, columns)
         # Zeros at the end of the last group move neither of its scales, because both grids have a zero.
-        groups = nn.functional.pad(weight, (0, -columns % group)).reshape(rows, -1, group)
+        groups = nn.functional.pad(_exact(weight), (0, -columns % group)).reshape(rows, -1, group)
         rounded = _symmetric(groups, bits) if symmetric else _asymmetric(groups, bits)
-        return rounded.reshape(rows, -1)[:, :columns]
+        return rounded.reshape(rows, -1)[:, :columns].to(weight.dtype)
 
     @staticmethod
     def backward(_context: Any, *gradients: Any) -> Any:
@@ -169,6 +169,11 @@ class _GradientRounding(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Any) -> Any:
         return quantize_gradient(gradients[0], context.bits), None
+
+
+def _exact(values: Tensor) -> Tensor:
+    """At least in float32: in 16 bits a quotient of 8 bits is rounded twice, and a range can be beyond float16's."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _symmetric(values: Tensor, bits: int) -> Tensor:
@@ -233,5 +238,5 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 
 def _check_group_size(group_size: int | None) -> None:
-    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
-        raise PrecisionError(f"a group of {group_size} weights: needs at least one, or None for one scale a row")
+    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
+        raise PrecisionError(f"a group of {group_size!r} weights: needs at least one, or None for one scale a row")

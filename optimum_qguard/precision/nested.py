@@ -9,10 +9,9 @@ with random_bits(model, (4, 6, 8)):
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ class _Linear(torch.autograd.Function):
             codes, grid, line = context.saved_tensors
             of_input = gradient @ dequantize(codes, grid, line, context.bits).to(context.dtype)
         if context.needs_input_grad[1]:
-            of_bias = gradient.flatten(0, -2).sum(0)
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_input, of_bias, None, None, None, None
 
 
@@ -228,27 +227,45 @@ def attach(model: nn.Module, switch: Switch) -> None:
 
     for module in model.modules():
         if module is model or isinstance(module, PreTrainedModel):
-            _wrap(module, "forward", switch, "forward")
+            module.nested_switch = switch  # type: ignore[assignment]
+            module.forward = _Held(module, "forward", "forward")
             if hasattr(module, "generate"):
-                _wrap(module, "generate", switch, "request")
+                module.generate = _Held(module, "generate", "request")  # type: ignore[assignment]
 
 
-def _wrap(module: nn.Module, method: str, switch: Switch, kind: Per) -> None:
-    # Of the class, not of the instance: a copy of the model must call itself, and find its own switch.
-    original = cast("Callable[..., Any]", getattr(type(module), method))
+class _Held:
+    """A method of a module that keeps the widths that it began with.
 
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kind == "forward" and self.training and _recomputes(self):
+    An object and no closure, so that it is copied and pickled with its module: a copy calls itself, and asks its own
+    switch.
+    """
+
+    def __init__(self, module: nn.Module, method: str, kind: Per) -> None:
+        self._module, self._method, self._kind = module, method, kind
+        self.__name__ = method
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self._original.__doc__
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(type(self._module), self._method).__get__(self._module)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self._module
+        if self._kind == "forward" and module.training and _recomputes(module):
             raise PrecisionError(
                 "gradient checkpointing computes layers once more when the forward and its width are gone; disable it "
                 "with model.gradient_checkpointing_disable()"
             )
-        with self.nested_switch.call(kind):
-            return original(self, *args, **kwargs)
-
-    module.nested_switch = switch  # type: ignore[assignment]
-    setattr(module, method, MethodType(wrapped, module))
+        with module.nested_switch.call(self._kind):
+            return self._original(*args, **kwargs)
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optimum_qguard.checkpoint import atomic_write
 from optimum_qguard.precision.bitmap import MAXIMUM, MINIMUM, WIDTHS, BitMap, check_bits
-from optimum_qguard.precision.decoding import GROUP_SIZE, ZeroPoint, check_groups, decoded
+from optimum_qguard.precision.decoding import GROUP_SIZE, ZeroPoint, check_groups, decoded, width_format
 from optimum_qguard.precision.errors import PrecisionError
 from optimum_qguard.precision.linears import linear_layers, oriented
 from optimum_qguard.precision.suffix import Suffix
@@ -143,10 +143,11 @@ def measure_sensitivity(
 
     Raises:
         PrecisionError: too little text, a width out of range, a pattern that matches nothing, a group size that does
-            not divide a layer's rows, or a cache that is of something else.
+            not divide a layer's rows, predictions that are no numbers, or a cache that is of something else.
     """
     for width in widths:
         check_bits(width, "widths")
+        width_format(width, group_size, mapping)
     if not widths:
         raise PrecisionError("widths has no width to measure")
     widths = sorted(set(widths))
@@ -178,6 +179,11 @@ def measure_sensitivity(
             for width in widths:
                 with decoded(model, dict.fromkeys(members, width), group_size=group_size, mapping=mapping):
                     kl[width] = reference.kl(suffix.run(first))
+                if not math.isfinite(kl[width]):
+                    raise PrecisionError(
+                        f"{name} at {width} bits: the divergence is {kl[width]}, because predictions on this text are "
+                        "NaN or infinite; check the model, or measure it in float32"
+                    )
             weights = sum(oriented(linears[member]).numel() for member in members)
             group = GroupSensitivity(name=name, modules=members, weights=weights, kl=kl)
             found = found.model_copy(update={"groups": (*found.groups, group)})

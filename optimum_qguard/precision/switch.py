@@ -9,6 +9,7 @@ and `set_random_bits` hold everywhere.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
 from typing import get_args
@@ -21,6 +22,8 @@ from optimum_qguard.precision.nested import nested_layers
 from optimum_qguard.precision.widths import FixedWidths, Per, Policy, RandomWidths, Switch, Widths
 
 WIDTHS = (4, 6, 8)
+# Whoever sets the widths of a part keeps those of the rest, and must not put back what another thread has just changed.
+_SETTING = threading.Lock()
 
 
 def set_bits(model: nn.Module, bits: int | BitMap | Mapping[str, int]) -> None:
@@ -35,7 +38,9 @@ def set_bits(model: nn.Module, bits: int | BitMap | Mapping[str, int]) -> None:
             layer; or layers that would keep a random width.
     """
     switch, layers = _nested(model)
-    switch.everywhere = FixedWidths(_completed(_widths(layers, bits), switch, switch.everywhere))
+    widths = _widths(layers, bits)
+    with _SETTING:
+        switch.everywhere = FixedWidths(_completed(widths, switch, switch.everywhere))
 
 
 @contextlib.contextmanager
@@ -56,8 +61,9 @@ def set_random_bits(
         What is drawn, as it is drawn: the last 16,384, oldest first.
     """
     switch, layers = _nested(model)
-    policy = _random(layers, switch, switch.everywhere, widths, per, seed)
-    switch.everywhere = policy
+    with _SETTING:
+        policy = _random(layers, switch, switch.everywhere, widths, per, seed)
+        switch.everywhere = policy
     return policy.draws
 
 
@@ -128,6 +134,8 @@ def _completed(widths: Widths, switch: Switch, policy: Policy) -> Widths:
 def _random(
     layers: Iterable[str], switch: Switch, policy: Policy, widths: Sequence[int], per: Per, seed: int | None
 ) -> RandomWidths:
+    if isinstance(widths, int):
+        raise PrecisionError(f"widths is {widths}; give several to draw from, such as (4, 6, 8), or use set_bits")
     if not widths:
         raise PrecisionError("no widths to draw from; give some from 2 to 8")
     if per not in get_args(Per):

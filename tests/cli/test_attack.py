@@ -57,6 +57,9 @@ def test_an_attack_that_did_not_come_off_writes_nothing(
         (["--layers", "0-9"], "the model has layers 0 to 1"),
         (["--layers", "first"], "write numbers and ranges"),
         (["--prompts", "missing.txt"], "cannot be read as text"),
+        (["--keep", "nan"], "keep is nan; it is above 0 and at most 1"),
+        (["--learning-rate", "inf"], "learning rate is inf; it is a finite number"),
+        (["--seed", str(2**32)], "seed is 4294967296; it is a whole number from 0 to 4294967295"),
         (["--format", "no-such-format"], "unknown format"),
     ],
 )

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from optimum_qguard.evaluate.perplexity import perplexity
 
@@ -73,3 +73,24 @@ def test_a_text_too_short_to_measure_on(refused: Callable[..., str], model: Path
 def test_nothing_is_measured_when_the_output_is_taken(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "out")
     assert "is not empty" in refused("attack", "weight-noise", model, tmp_path / "out", "--ratio", "2")
+
+
+def test_gpt2_as_it_is_on_the_hub(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    """Tensors without the base model's prefix, and more text than it takes at once."""
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=32, vocab_size=512, bos_token_id=2, eos_token_id=2)
+    gpt2 = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in gpt2.parameters():
+            parameter.mul_(8)
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    for path in model.glob("token*"):
+        shutil.copy(path, tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file)
+    options = ["--ratio", "1.1", "--dataset", tmp_path / "text.txt", "--tokens", "100", "--json"]
+    result = qguard("attack", "weight-noise", tmp_path / "gpt2", tmp_path / "out", *options)
+    assert (result.code, result.err) == (0, "")
+    before, after = load_file(file), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {f"transformer.{name}" for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(result.json["tensors"])
+    assert len(changed) == 4

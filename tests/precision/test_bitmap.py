@@ -171,6 +171,9 @@ def test_nothing_to_quantize() -> None:
         ("a: 4\na: 5\n", "pattern 'a' stands twice"),
         ("4: 4\n", "4 is no pattern"),
         ("a: !!python/object:os.system x\n", "is no bit map"),
+        ("a: 2001-99-99\n", "is no bit map .month must be in"),
+        ("a: !!int x\n", "is no bit map .invalid literal"),
+        ("a: " + 5000 * "[", "is no bit map .maximum recursion depth"),
     ],
 )
 def test_bad_files(content: str, says: str, tmp_path: Path) -> None:
@@ -185,6 +188,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         BitMap.load(tmp_path / "none.yaml")
     with pytest.raises(PrecisionError, match=r"ends in one of \.yaml"):
         BitMap({"*": 4}).save(tmp_path / "map.txt")
+
+
+@pytest.mark.parametrize("content", [100_000 * "[", '{"*": %s}' % (5000 * "4")])
+def test_json_that_is_hard_to_read(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text(content)
+    with pytest.raises(PrecisionError, match=rf"^{path}: is no bit map"):
+        BitMap.load(path)
 
 
 def test_json_is_plain_json(tmp_path: Path) -> None:

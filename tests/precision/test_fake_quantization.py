@@ -57,6 +57,26 @@ def _plainly_rounded(weight: Tensor, bits: int, group: int, symmetric: bool) -> 
     return rounded
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_like_the_numbers_that_they_are(
+    dtype: torch.dtype, bits: int, symmetric: bool
+) -> None:
+    """To the nearest symbol, and once more to what the dtype can hold."""
+    weight = _weight(0, 8, 64).to(dtype)
+    exact = fake_quantize(weight.float(), bits, symmetric=symmetric)
+    rounded = fake_quantize(weight, bits, symmetric=symmetric)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, exact.to(dtype))
+    assert torch.equal(quantize_gradient(weight, bits), quantize_gradient(weight.float(), bits).to(dtype))
+
+
+def test_a_range_that_float16_cannot_hold() -> None:
+    wide = torch.tensor([[6e4, -6e4, 1.0]], dtype=torch.float16)
+    torch.testing.assert_close(fake_quantize(wide, 8, symmetric=False), wide, rtol=0, atol=240)
+
+
 @given(WIDTHS, st.integers(1, 20), st.booleans(), st.integers(0, 1000))
 def test_rounded_as_the_formula_says(bits: int, group_size: int, symmetric: bool, seed: int) -> None:
     weight = _weight(seed, 4, 17)

@@ -1,6 +1,8 @@
 """Nested models compute what plain models with the decoded weights compute."""
 
 import copy
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, nested_codes, set_bits
+from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, nested_codes, random_bits, set_bits
 from optimum_qguard.precision.linears import linear_layers, output_head
 from optimum_qguard.precision.nested import NestedLinear, nested_layers
 
@@ -70,6 +72,18 @@ def test_gradients_reach_the_input_and_the_bias() -> None:
         embeddings = each.get_input_embeddings()(torch.arange(8)[None]).detach().requires_grad_()
         each(inputs_embeds=embeddings).logits.square().sum().backward()
         gradients.append((embeddings.grad, each.get_submodule("transformer.h.0.attn.c_attn").bias.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_gradients_of_a_single_vector() -> None:
+    layer = nn.Sequential(nn.Linear(16, 4))
+    nested = nest(copy.deepcopy(layer))
+    layer[0].weight.data = nested[0].dequantize(8)
+    gradients = []
+    for each in (layer, nested):
+        given = torch.arange(16.0).requires_grad_()
+        each(given).square().sum().backward()
+        gradients.append((given.grad, each[0].bias.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
@@ -152,6 +166,18 @@ def test_a_layer_in_two_places() -> None:
     assert isinstance(model[0], NestedLinear)
     x = torch.randn(3, 32)
     torch.testing.assert_close(model(x), plain(x), atol=0.05, rtol=0)
+
+
+def test_a_pickled_model_has_one_width_for_a_forward() -> None:
+    """As torch.save and the libraries that start processes write it."""
+    model = nest(tiny_model("llama"))
+    copied = pickle.loads(pickle.dumps(model))
+    with random_bits(copied, (2, 8)) as draws:
+        copied(torch.arange(8)[None])
+    assert len(draws) == 1
+    set_bits(copied, 3)
+    assert nested_layers(model)["model.layers.0.mlp.up_proj"].bits == 8
+    assert "input_ids" in inspect.signature(copied.forward).parameters
 
 
 def test_a_copy_has_a_switch_of_its_own() -> None:

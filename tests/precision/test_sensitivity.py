@@ -157,6 +157,15 @@ def test_a_stopped_run_goes_on(tokenizer: Any, tmp_path: Path) -> None:
         measure(tmp_path / "cache.json")
 
 
+def test_predictions_that_are_no_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    """They are refused, and not kept in a file that could not be read again."""
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(PrecisionError, match=r"q_proj at 2 bits: the divergence is nan, because predictions on this"):
+        measure_sensitivity(model, tokenizer, TEXT, tokens=16, cache=tmp_path / "cache.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refused(tokenizer: Any) -> None:
     model = tiny_model("llama")
     for says, options in (
@@ -165,6 +174,7 @@ def test_refused(tokenizer: Any) -> None:
         ("no width to measure", {"widths": []}),
         ("matches no module", {"groups": ["typo"]}),
         ("which 48 does not divide", {"group_size": 48}),
+        ("mapping is 'square'", {"mapping": "square"}),
     ):
         with pytest.raises(PrecisionError, match=says):
             measure_sensitivity(model, tokenizer, **{"text": TEXT, "tokens": 16, **options})

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, random_bits, set_bits, set_random_bits
+from optimum_qguard.precision import BitMap, PrecisionError, bits, nest, random_bits, set_bits, set_random_bits, switch
 from optimum_qguard.precision.nested import nested_layers
 from optimum_qguard.precision.widths import KEPT_DRAWS
 
@@ -269,6 +269,28 @@ def test_every_forward_has_one_width_while_another_thread_switches(model: PreTra
         thread.join()
 
 
+def test_two_threads_set_two_parts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second keeps what the first has set, however their steps fall."""
+    completed, began, ended = switch._completed, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        found = completed(*arguments)
+        if not began.is_set():
+            began.set()
+            ended.wait(0.3)
+        return found
+
+    monkeypatch.setattr(switch, "_completed", slow)
+    first, second = (model.get_submodule(f"model.layers.{index}") for index in (0, 1))
+    thread = threading.Thread(target=set_bits, args=(first, 3))
+    thread.start()
+    began.wait()
+    set_bits(second, 5)
+    ended.set()
+    thread.join()
+    assert (widths(first), widths(second)) == ({3}, {5})
+
+
 def test_what_was_drawn_is_not_kept_for_ever(model: PreTrainedModel) -> None:
     draws = set_random_bits(model, (4, 6))
     layer = nested_layers(model)["model.layers.0.self_attn.q_proj"]
@@ -325,6 +347,8 @@ def test_bad_input(model: PreTrainedModel) -> None:
         set_bits(model, {"lm_head": 4})
     with pytest.raises(PrecisionError, match="no full precision to go to"):
         set_bits(model, BitMap({"*": None}))
+    with pytest.raises(PrecisionError, match=r"widths is 4; give several to draw from, such as \(4, 6, 8\)"):
+        set_random_bits(model, 4)  # type: ignore[arg-type]
     with pytest.raises(PrecisionError, match="no widths to draw from"):
         set_random_bits(model, ())
     with pytest.raises(PrecisionError, match="per is 'token'; choose 'forward' or 'request'"):

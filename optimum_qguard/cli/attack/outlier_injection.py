@@ -31,7 +31,7 @@ def command(
     random_signs: Annotated[
         bool, typer.Option("--random-signs", help="degrade: outliers lose their sign, which nothing can bring back.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the random signs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random signs.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into OUT although it is not empty.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:

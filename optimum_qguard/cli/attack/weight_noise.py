@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from optimum_qguard.checkpoint import CheckpointReader
+
 _CHARACTERS_PER_TOKEN = 8
+_WINDOW = 2048
 
 
 def command(
@@ -31,7 +35,6 @@ def command(
     """
     from dataclasses import asdict
 
-    from optimum_qguard.attacks.errors import AttackError
     from optimum_qguard.attacks.weight_noise import add_weight_noise
     from optimum_qguard.checkpoint import open_checkpoint, transform_checkpoint
     from optimum_qguard.checkpoint.output import check_output
@@ -49,17 +52,14 @@ def command(
     with progress_bar(f"Noise for a ratio of {ratio:g}"):
         tokenizer = load_tokenizer(reader.folder)
         loaded = model_class(reader)[1].from_pretrained(reader.folder, dtype="auto")
-        noise = add_weight_noise(
-            loaded, lambda noisy: perplexity(noisy, tokenizer, text, max_tokens=tokens), ratio, seed=seed
-        )
-        missing = [name for name in noise.tensors if name not in reader]
-        if missing:
-            raise AttackError(f"{reader.folder}: the checkpoint has no tensor {missing[0]}, which the loaded model has")
-        noised = set(noise.tensors)
+        stored = _stored(loaded, reader)
+        window = min(_WINDOW, getattr(loaded.config, "max_position_embeddings", None) or _WINDOW)
+        options = {"max_tokens": tokens, "window": window, "stride": max(1, window // 4)}
+        noise = add_weight_noise(loaded, lambda noisy: perplexity(noisy, tokenizer, text, **options), ratio, seed=seed)
         transform_checkpoint(
             reader,
             out,
-            lambda name, tensor: loaded.get_parameter(name).data if name in noised else tensor,
+            lambda name, tensor: loaded.get_parameter(stored[name]).data if name in stored else tensor,
             overwrite=overwrite,
         )
     if as_json:
@@ -71,3 +71,19 @@ def command(
         f"({len(noise.measured)} measurements). Written to {out}.",
         soft_wrap=True,
     )
+
+
+def _stored(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """The weights that get noise: their names in the model, by those in the checkpoint, which may lack the prefix of
+    the base model."""
+    from optimum_qguard.attacks.errors import AttackError
+    from optimum_qguard.attacks.weight_noise import linear_weights
+
+    found = {}
+    for own in linear_weights(model):
+        names = (own, own.removeprefix(f"{model.base_model_prefix}."))
+        name = next((each for each in names if each in reader), None)
+        if name is None:
+            raise AttackError(f"{reader.folder}: the checkpoint has no tensor {own}, which the loaded model has")
+        found[name] = own
+    return found
