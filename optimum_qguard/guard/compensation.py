@@ -29,7 +29,7 @@ from torch import Tensor
 
 from optimum_qguard.formats import Format, Grid, block_ranges, check_finite
 from optimum_qguard.formats.buckets import bucketize
-from optimum_qguard.guard.noise import Draw
+from optimum_qguard.guard.noise import Draw, check_grid
 from optimum_qguard.guard.random import RandomStream
 
 DAMPING = 0.1
@@ -96,7 +96,7 @@ def round_compensated(
         what the quantizer gets.
 
     Raises:
-        WeightError: NaN or infinite weights.
+        WeightError: NaN or infinite weights, or too large for what the quantizer computes in.
         ValueError: no fixed grid, or shapes that do not fit.
     """
     if weight.ndim != 2 or len(feedback.order) != weight.shape[1]:
@@ -104,6 +104,7 @@ def round_compensated(
     if not format.fixed_for(weight.dtype):
         raise ValueError(f"{name}: compensation needs a grid that is known beforehand, which {format} has not")
     quantized = format.quantize(weight, name)
+    check_grid(quantized.grid, weight, name)
     blocks, grid, order = format.blocks(weight), quantized.grid, feedback.order
 
     def columns(per_block: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def hand_over(
         dtype: of the result; the weight's own by default.
 
     Raises:
-        WeightError: NaN or infinite weights.
+        WeightError: NaN or infinite weights, or too large for what the quantizer computes in.
     """
     check_finite(weight, name)
     blocks, chosen = format.blocks(weight), format.blocks(codes.to(weight.device))
@@ -137,6 +138,7 @@ def hand_over(
     changed = sampled = 0
     if weight.numel():
         grid = format.grid(blocks)
+        check_grid(grid, weight, name)
         ranges = list(block_ranges(blocks))
         for index, part in enumerate(ranges):
             values = blocks[part].float()

@@ -63,7 +63,7 @@ def half_width(weight: Tensor, format: Format, name: str) -> float:
     if weight.numel() == 0:
         return 0.0
     grid = format.grid(format.blocks(weight))
-    _check(grid, weight, name)
+    check_grid(grid, weight, name)
     return _median_half_width(weight, format, grid, name)
 
 
@@ -113,7 +113,7 @@ def draw(
     changed = sampled = 0
     if weight.numel():
         grid = format.grid(blocks)
-        _check(grid, weight, name)
+        check_grid(grid, weight, name)
         own = per_cell and method != "stochastic"
         if amplitude is None and half_widths is not None and method != "stochastic" and not own:
             amplitude = half_widths * _median_half_width(weight, format, grid, name)
@@ -182,7 +182,8 @@ def _count_changed(format: Format, grid: Grid, before: Tensor, after: Tensor) ->
     return int((format.encode(before, grid) != format.encode(after.float().clamp(low, high), grid)).sum())
 
 
-def _check(grid: Grid, weight: Tensor, name: str) -> None:
+def check_grid(grid: Grid, weight: Tensor, name: str) -> None:
+    """Raise `WeightError` for weights that are NaN or infinite, or too large for what the quantizer computes in."""
     if bool(torch.isfinite(grid.scale).all()) and (grid.offset is None or bool(torch.isfinite(grid.offset).all())):
         return
     check_finite(weight, name)

@@ -179,3 +179,12 @@ def test_bad_weights_and_inputs() -> None:
     weight[1, 2] = torch.nan
     with pytest.raises(WeightError, match="w: 1 NaN"):
         rounded(weight, get_format("nf4"))
+
+
+def test_weights_beyond_what_the_library_computes_in() -> None:
+    """bitsandbytes takes the scale of LLM.int8() in float16, where these are infinite."""
+    format, weight = get_format("int8-rowwise"), torch.full((2, 4), 7e4)
+    with pytest.raises(WeightError, match="w: weights too large for the quantizer's own precision"):
+        round_compensated(weight, format, feedback(torch.eye(4)), RandomStream(0, "w"), name="w")
+    with pytest.raises(WeightError, match="w: weights too large for the quantizer's own precision"):
+        hand_over(weight, format, torch.zeros(2, 4, dtype=torch.uint8), name="w")
