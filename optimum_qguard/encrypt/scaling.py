@@ -83,7 +83,8 @@ class Scaling:
         dtype = str(tensor.dtype).removeprefix("torch.")
         ways = [f"use a strength of at most {strength}"] if strength > 0 else []
         if tensor.element_size() < 8:
-            ways.append(f"convert the checkpoint to {'float32' if tensor.element_size() == 2 else 'float64'}")
+            wider = "float32" if tensor.dtype == torch.float16 else "float64"  # BF16 has float32's exponents
+            ways.append(f"convert the checkpoint to {wider}")
         return EncryptError(
             f"{self._name}: the weight {float(tensor[at]):g} at {at} cannot be multiplied by "
             f"{float(factor):g} exactly in {dtype}; "

@@ -99,7 +99,9 @@ def test_what_is_no_number_is_named(value: float) -> None:
     assert str(scaling.explain(weight)).startswith(f"w: the weight {value} at (1, 0) is no finite number; ")
 
 
-@pytest.mark.parametrize(("dtype", "wider"), [(torch.float16, "float32"), (torch.float32, "float64")])
+@pytest.mark.parametrize(
+    ("dtype", "wider"), [(torch.float16, "float32"), (torch.bfloat16, "float64"), (torch.float32, "float64")]
+)
 def test_the_error_names_the_factor_and_a_wider_dtype(dtype: torch.dtype, wider: str) -> None:
     """An overflow and what is too small for the dtype too."""
     for exponent, factor in ((2, "4"), (-2, "0.25")):
