@@ -2,6 +2,7 @@
 
 Every row is one format, one attacker and one defence. Single runs are kept in the cache folder, so that a script that
 was stopped goes on where it was, several of them can share the work (``--formats``), and more seeds can be added later.
+Rows of other formats that the output has stay there, with their date.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,7 @@ def main() -> None:
     SIZES.update(prompts=arguments.prompts, tokens=arguments.tokens, questions=arguments.questions)
     if not arguments.table_only:
         measure_missing(arguments)
-    rows = table(arguments)
+    rows = in_order([*table(arguments), *rows_of_other_formats(arguments.output, arguments.formats)])
     write("defence_table", rows, arguments.output)
     print_table(rows)
 
@@ -314,14 +316,39 @@ def table(arguments: argparse.Namespace) -> list[dict[str, object]]:
             for name in ("full precision", *arguments.defences):
                 runs = read(format, attacker, name)
                 if runs:
-                    rows.append({"format": format, "attacker": attacker, "defence": name, **summary(runs, clean_kl)})
+                    row = {"format": format, "attacker": attacker, "defence": name, **summary(runs, clean_kl)}
+                    rows.append({**row, "date": last_day(format, attacker, name)})
     return rows
+
+
+def rows_of_other_formats(output: Path, formats: Sequence[str]) -> list[dict[str, object]]:
+    """What an earlier run found about formats that this one leaves alone, with its date."""
+    if not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    return [{"date": before["date"], **row} for row in before["rows"] if row["format"] not in formats]
+
+
+def in_order(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """By format as they are listed; within one as they are."""
+    return sorted(rows, key=lambda row: FORMATS.index(str(row["format"])))
 
 
 def read(format: str, attacker: str, defence: str) -> list[dict[str, Any]]:
     """A row's runs."""
+    return [json.loads(file.read_text()) for file in run_files(format, attacker, defence)]
+
+
+def run_files(format: str, attacker: str, defence: str) -> list[Path]:
+    """Those of a row that there are."""
     files = (run_file(format, attacker, defence, seed) for seed in range(10))
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    return [file for file in files if file.exists()]
+
+
+def last_day(format: str, attacker: str, defence: str) -> str:
+    """On which a row was measured last."""
+    last = max(file.stat().st_mtime for file in run_files(format, attacker, defence))
+    return datetime.fromtimestamp(last, timezone.utc).date().isoformat()
 
 
 def summary(runs: list[dict[str, Any]], clean_kl: float | None) -> dict[str, object]:

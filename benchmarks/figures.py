@@ -63,7 +63,13 @@ def figures(result: Mapping[str, Any]) -> str:
     versions = [f"{package} {version}" for package, version in result["versions"].items() if package in _NAMED_VERSIONS]
     measured = ", ".join([*filter(None, hardware), *versions])
     table = TABLES.get(result["name"], full_table)
-    return f"{table(result['rows'])}\nMeasured {result['date']} on {measured}.\n"
+    return f"{table(result['rows'])}\nMeasured {_days(result)} on {measured}.\n"
+
+
+def _days(result: Mapping[str, Any]) -> str:
+    """When; rows may have dates of their own."""
+    days = sorted({row.get("date", result["date"]) for row in result["rows"]})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 _NAMED_VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "llmcompressor")

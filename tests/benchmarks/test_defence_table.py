@@ -60,3 +60,14 @@ def test_a_run_is_read_where_there_is_one(runs: Path) -> None:
     assert defence_table.run("bnb-int8", "usual", "no defence", 0)["KL"] == 0.1
     assert defence_table.is_impossible("gptq-4", "stochastic rounding")
     assert not defence_table.is_impossible("bnb-nf4", "stochastic rounding")
+
+
+def test_rows_of_other_formats_stay_with_their_date(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    assert defence_table.rows_of_other_formats(output, ["gptq-4"]) == []
+    rows = [{"format": "gptq-4", "KL": 1.0}, {"format": "bnb-nf4", "KL": 2.0}, {"format": "bnb-int8", "KL": 3.0}]
+    output.write_text(json.dumps({"date": "2026-01-02", "rows": rows}))
+    kept = defence_table.rows_of_other_formats(output, ["gptq-4"])
+    assert kept == [{"date": "2026-01-02", **row} for row in rows[1:]]
+    new = {"format": "gptq-4", "KL": 4.0}
+    assert [row["format"] for row in defence_table.in_order([new, *kept])] == ["bnb-int8", "bnb-nf4", "gptq-4"]

@@ -292,3 +292,9 @@ def test_each_attack_has_a_table_with_the_clean_model_beside_it() -> None:
         "| repaired, 100 steps, anchor: guarded | 8.00 | 8.13 | 9.00 | 27.00 | 0% | 3.2 |",
     ]
     assert table.splitlines()[-1] == "| attacked | 8.00 | 8.13 | 99.00 | 27.00 | 0.0 |"
+
+
+def test_rows_measured_on_other_days_are_said_to_be(tmp_path: Path) -> None:
+    harness.write("not_known", [{"a": 1, "date": "2026-01-02"}, {"a": 2}], tmp_path / "not_known.json")
+    result = json.loads((tmp_path / "not_known.json").read_text())
+    assert f"Measured 2026-01-02 to {result['date']} on " in figures.figures(result)
