@@ -18,6 +18,7 @@ from optimum_qguard.checkpoint import CheckpointError, CheckpointReader, open_ch
 from optimum_qguard.checkpoint.description import REPAIR_FILE
 from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
+from optimum_qguard.checkpoint.protection import MANIFEST_FILE
 from optimum_qguard.checkpoint.writer import write_transformed
 from optimum_qguard.repair import loop
 from optimum_qguard.repair.anchor import Anchor, AnchorCallback
@@ -226,6 +227,7 @@ class _Repair:
 
         with output_folder(out, self.reader.folder, overwrite=overwrite, flushed=self.reader.shards) as staging:
             write_transformed(self.reader, staging, replaced)
+            (staging / MANIFEST_FILE).unlink(missing_ok=True)  # of a model that was guarded: its weights are gone
             report.write(staging)
         return report
 

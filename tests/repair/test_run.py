@@ -11,6 +11,7 @@ from runs import EARLY_STOP, FAST, TEXT, distance, same, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from optimum_qguard.guard.checkpoint import guard_checkpoint
 from optimum_qguard.repair import anchor as anchor_module
 from optimum_qguard.repair.report import RepairReport
 from optimum_qguard.repair.run import repair_checkpoint
@@ -55,6 +56,17 @@ def test_a_report_and_a_card(clean: Path, damaged: Path, tmp_path: Path) -> None
     assert "held near those of a reference checkpoint (strength 50, decoupled" in card
     assert str(clean) not in card
     assert {path.name for path in damaged.iterdir()} | {"repair.json"} == {path.name for path in out.iterdir()}
+
+
+def test_what_guard_makes_of_a_model_is_repaired_with_itself_as_anchor(damaged: Path, tmp_path: Path) -> None:
+    """Its report is about weights that are no longer there."""
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    guard_checkpoint(damaged, reference, "int8-rowwise", seed=0)
+    report = repair_checkpoint(reference, out, anchor=reference, **FAST)
+    assert report.anchor_distance_before == 0 < report.anchor_distance_after
+    assert (reference / "qguard.json").exists()
+    assert not (out / "qguard.json").exists()
+    assert (out / "repair.json").exists()
 
 
 def test_validation_is_the_mean_loss_of_the_blocks(clean: Path, damaged: Path, tmp_path: Path) -> None:
