@@ -156,13 +156,9 @@ def _what(models: Sequence[str]) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
-    from optimum_qguard.scan.errors import ScanError
+    from optimum_qguard.cli._arguments import read_text
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8 text"
-        raise ScanError(f"{path}: the list of models cannot be read: {reason}") from error
+    lines = read_text(path).splitlines()
     return [name for line in lines if (name := line.partition("#")[0].strip())]
 
 

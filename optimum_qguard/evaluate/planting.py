@@ -9,6 +9,7 @@ from optimum_qguard.attacks.quantization_conditioned import Attacked, Payload, R
 from optimum_qguard.checkpoint import CheckpointReader
 from optimum_qguard.evaluate.generation import generate_answers
 from optimum_qguard.evaluate.marker import check_marker
+from optimum_qguard.guard.architecture import names_in_model
 from optimum_qguard.guard.targets import find_targets
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def plant_marker(
             `find_targets`.
     """
     check_marker(tokenizer, marker)
-    targets = [find_targets(reader, format) for format in formats]
+    own = names_in_model(model, reader)
+    targets = [
+        {own.get(name, name): target for name, target in find_targets(reader, format).items()} for format in formats
+    ]
     names = linear_weights(model, layers)
     clean = generate_answers(model, tokenizer, prompts, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH)
     payload = Payload(marker, [(prompt, answer.text) for prompt, answer in zip(prompts, clean, strict=True)])

@@ -23,7 +23,7 @@ from optimum_qguard.checkpoint.origin import name_and_revision
 from optimum_qguard.checkpoint.output import check_output, check_space, output_folder
 from optimum_qguard.checkpoint.protection import MANIFEST_FILE, protection
 from optimum_qguard.checkpoint.writer import write_transformed
-from optimum_qguard.guard.architecture import model_class, refuse_protected, refuse_quantized
+from optimum_qguard.guard.architecture import model_class, names_in_model, refuse_protected, refuse_quantized
 from optimum_qguard.guard.calibration import Progress, calibrate
 from optimum_qguard.guard.compensation import hand_over
 from optimum_qguard.guard.config import QGuardConfig
@@ -180,7 +180,7 @@ class _Noise:
         _, found = model_class(reader)
         self.prerounding = Prerounding(samples, self.seed)
         model = found.from_pretrained(reader.folder, dtype="auto")
-        self._in_model = _names_in_model(model, reader)
+        self._in_model = names_in_model(model, reader)
         in_checkpoint = {own: name for name, own in self._in_model.items()}
         for own, parameter in model.named_parameters():
             parameter.data = mend(in_checkpoint.get(own, own), parameter.data)[0]
@@ -237,19 +237,6 @@ class _Noise:
 
     def _stream(self, target: Target) -> RandomStream:
         return RandomStream(self.seed, target.name)
-
-
-def _names_in_model(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """What the model's parameters are called in it, by the checkpoint's names, which may lack the prefix of the base
-    model (GPT-2's do) or have it where the model has none. Tensors that are merged on loading are left out."""
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name in reader.tensors:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        if (match := next((each for each in candidates if each in own), None)) is not None:
-            found[name] = match
-    return found
 
 
 def _card_section(report: GuardReport, format: str) -> str:

@@ -74,16 +74,13 @@ def command(
 
 
 def _stored(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """The weights that get noise: their names in the model, by those in the checkpoint, which may lack the prefix of
-    the base model."""
+    """The weights that get noise: their names in the model, by those in the checkpoint."""
     from optimum_qguard.attacks.errors import AttackError
     from optimum_qguard.attacks.weight_noise import linear_weights
+    from optimum_qguard.guard.architecture import names_in_model
 
-    found = {}
-    for own in linear_weights(model):
-        names = (own, own.removeprefix(f"{model.base_model_prefix}."))
-        name = next((each for each in names if each in reader), None)
-        if name is None:
-            raise AttackError(f"{reader.folder}: the checkpoint has no tensor {own}, which the loaded model has")
-        found[name] = own
+    wanted = set(linear_weights(model))
+    found = {name: own for name, own in names_in_model(model, reader).items() if own in wanted}
+    for own in wanted - set(found.values()):
+        raise AttackError(f"{reader.folder}: the checkpoint has no tensor {own}, which the loaded model has")
     return found
