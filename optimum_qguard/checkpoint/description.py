@@ -17,6 +17,8 @@ GUARDED = "guard"
 ENCRYPTED = "encrypt"
 REPAIRED = "repair"
 REPAIR_FILE = "repair.json"
+RECORDS = (MANIFEST_FILE, REPAIR_FILE)
+"""Files that say what was done to the weights beside them."""
 
 _LIBRARY = "transformers"
 _PARAMETERS = {

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from optimum_qguard.checkpoint.atomic import writing
+from optimum_qguard.checkpoint.description import RECORDS
 from optimum_qguard.checkpoint.errors import CheckpointError
 from optimum_qguard.checkpoint.reader import CheckpointReader, is_weight_file
 
@@ -23,7 +24,7 @@ def output_folder(
 
     Its files are flushed to the disk before they get their final names. After an error nothing is left behind and
     ``out`` is as it was. With ``overwrite``, weight files in ``out`` that are not part of the new checkpoint are
-    deleted, since a loader might prefer them; other files stay.
+    deleted, since a loader might prefer them, and so are `RECORDS`, which are about other weights; other files stay.
 
     Args:
         source: the input's folder, which must not be written to.
@@ -163,7 +164,7 @@ def _publish(staging: Path, final: Path, flushed: Collection[str]) -> None:
         staging.replace(final)
         return
     for stale in final.iterdir():
-        if is_weight_file(stale) and Path(stale.name) not in files:
+        if (is_weight_file(stale) or stale.name in RECORDS) and Path(stale.name) not in files:
             stale.unlink()
     for name in files:
         (final / name).parent.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,10 @@ def command(
 
     traps = FP16_SAFE if fp16_safe else Traps()
     if strength is not None:
+        if fp16_safe and strength > FP16_SAFE.strength:
+            raise EncryptError(
+                f"--strength {strength} may overflow in FP16; with --fp16-safe it is at most {FP16_SAFE.strength}"
+            )
         traps = replace(traps, strength=strength)
     if fraction is not None:
         traps = replace(traps, fraction=fraction)

@@ -33,7 +33,7 @@ from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.prerounding import Prerounding
 from optimum_qguard.guard.random import RandomStream, fresh_seed
 from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
-from optimum_qguard.guard.report import REPORT_FILE, TAGS, GuardReport, TensorReport
+from optimum_qguard.guard.report import TAGS, GuardReport, TensorReport
 from optimum_qguard.guard.targets import Target, checkpoint_formats, find_targets, unknown_format
 
 _GGUF = "gguf-"
@@ -139,7 +139,7 @@ def guard_checkpoint(
             tensors=sorted(tensors, key=lambda tensor: tensor.name),
         )
         merge_card(staging, section_id="guard", markdown=_card_section(report, format), tags=TAGS)
-        atomic_write(staging / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+        atomic_write(staging / MANIFEST_FILE, report.model_dump_json(indent=2) + "\n")
     report.warn_if_clipped()
     return report
 
@@ -246,5 +246,5 @@ def _card_section(report: GuardReport, format: str) -> str:
         f"({report.described_method}), so that behaviour planted for the rounding of {format} does not survive it: "
         f"{len(report.tensors)} tensors, {report.weights:,} weights; {report.share_changed:.1%} of them left the "
         f"quantization cell they were in.{report.described_clipping} Quantize it to {format} and to nothing else. "
-        f"Details and seed: `{REPORT_FILE}`.\n"
+        f"Details and seed: `{MANIFEST_FILE}`.\n"
     )

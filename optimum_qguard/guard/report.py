@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint.atomic import atomic_write
 from optimum_qguard.checkpoint.card import merge_card
-from optimum_qguard.checkpoint.protection import GUARDED_TAG
+from optimum_qguard.checkpoint.protection import GUARDED_TAG, MANIFEST_FILE
 from optimum_qguard.guard.samples import SamplesReport
 
-REPORT_FILE = "qguard.json"
 TAGS = (GUARDED_TAG, "qguard")
 
 
@@ -148,7 +147,7 @@ class GuardReport(BaseModel):
         An existing model card keeps everything it has.
         """
         merge_card(folder, section_id="guard", markdown=self._card_section(), tags=TAGS)
-        atomic_write(folder / REPORT_FILE, self.model_dump_json(indent=2) + "\n")
+        atomic_write(folder / MANIFEST_FILE, self.model_dump_json(indent=2) + "\n")
 
     def _card_section(self) -> str:
         return (
@@ -157,6 +156,6 @@ class GuardReport(BaseModel):
             f"optimum-qguard {self.package_version}: the rounding of every quantized weight was randomized "
             f"({self.described_method}), so that behaviour planted for the rounding does not survive it. "
             f"{len(self.tensors)} tensors, {self.weights:,} weights; {self.share_changed:.1%} of them left the "
-            f"quantization cell they were in.{self.described_clipping} Details and seed: `{REPORT_FILE}`.\n\n"
+            f"quantization cell they were in.{self.described_clipping} Details and seed: `{MANIFEST_FILE}`.\n\n"
             "It loads with plain transformers.\n"
         )

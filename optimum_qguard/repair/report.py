@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optimum_qguard import __version__
 from optimum_qguard.checkpoint import atomic_write, merge_card
-from optimum_qguard.checkpoint.description import REPAIR_FILE as REPORT_FILE
+from optimum_qguard.checkpoint.description import REPAIR_FILE
 from optimum_qguard.repair.recipe import Recipe
 
 TAGS = ("repaired", "qguard")
@@ -128,7 +128,7 @@ class RepairReport(BaseModel):
         An existing model card keeps everything it has.
         """
         merge_card(folder, section_id="repair", markdown=self._card_section(), tags=TAGS)
-        atomic_write(folder / REPORT_FILE, self.model_dump_json(indent=2) + "\n")
+        atomic_write(folder / REPAIR_FILE, self.model_dump_json(indent=2) + "\n")
 
     def _card_section(self) -> str:
         held = ""
@@ -140,5 +140,5 @@ class RepairReport(BaseModel):
         return (
             "## Repaired\n\n"
             f"This checkpoint was fine-tuned by optimum-qguard {self.package_version} to repair damaged "
-            f"weights{held}. {self}. Details: `{REPORT_FILE}`.\n"
+            f"weights{held}. {self}. Details: `{REPAIR_FILE}`.\n"
         )

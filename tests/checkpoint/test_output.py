@@ -43,6 +43,17 @@ def test_after_an_error_an_overwritten_folder_is_as_it_was(tmp_path: Path, sourc
     assert everything(tmp_path) == before
 
 
+def test_overwriting_leaves_no_record_of_the_old_weights(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("qguard.json", "repair.json", "tokenizer.json"):
+        (out / name).write_text("old")
+    with output_folder(out, source, overwrite=True) as staging:
+        (staging / "model.safetensors").write_text("new")
+        (staging / "repair.json").write_text("new")
+    assert everything(out) == {"model.safetensors": b"new", "repair.json": b"new", "tokenizer.json": b"old"}
+
+
 @pytest.mark.parametrize(
     "error",
     [

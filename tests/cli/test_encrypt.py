@@ -83,6 +83,11 @@ def test_fp16_safe(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> N
     assert (half - original).abs().max() < (logits(model) - original).abs().max()
 
 
+def test_fp16_safe_traps_are_not_made_stronger(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    arguments = ("encrypt", model, tmp_path / "out", "--key", tmp_path / "key", "--new-key", "--fp16-safe")
+    assert "may overflow in FP16; with --fp16-safe it is at most 9" in refused(*arguments, "--strength", 10)
+
+
 def test_a_new_key_is_kept_where_something_may_have_been_written(
     qguard: Callable[..., Any], model: Path, tmp_path: Path
 ) -> None:
