@@ -82,6 +82,11 @@ def grid_search(folder: Path, format: str, attacker: str) -> Options:
     return {"method": "gaussian", "noise": min(found)[2]}
 
 
+def unbiased(_folder: Path, format: str, _attacker: str) -> Options:
+    """Without error feedback, which is the default for GPTQ only; uniform per cell for K-quants, as by default."""
+    return {"method": "stochastic" if format == "gptq-4" else "auto"}
+
+
 def flip(weight: Tensor, quantized: Quantized) -> Tensor:
     """Round the weights whose error is large to their other neighbour (after Li et al. 2024, arXiv:2405.12725)."""
     error = weight - quantized.dequantize()
@@ -98,11 +103,11 @@ GAUSSIAN = {"method": "gaussian"}
 CALIBRATION_CHARACTERS = 40_000
 DEFENCES: Mapping[str, Defence] = {
     "no defence": Defence(None, random=False),
-    "stochastic rounding": Defence({"method": "auto"}),  # K-quants of gguf-q4_k_m: uniform, per cell
+    "stochastic rounding": Defence(unbiased),
     "Gaussian, per layer": Defence(GAUSSIAN),
     "uniform, per layer": Defence({"method": "uniform"}),
-    "uniform, per cell": Defence({"method": "uniform", "noise": "per_cell"}),  # the default for gptq-4
-    "compensated, own generations": Defence({"compensate": "auto"}, costly=True),
+    "uniform, per cell": Defence({"method": "uniform", "noise": "per_cell"}),
+    "compensated, own generations": Defence({"compensate": "auto"}, costly=True),  # the default for gptq-4
     "compensated, texts": Defence({"compensate": "texts"}, costly=True),
     "Gaussian, half": Defence({**GAUSSIAN, "multiplier": 0.5}, costly=True),
     "Gaussian, quarter": Defence({**GAUSSIAN, "multiplier": 0.25}, costly=True),
@@ -125,10 +130,11 @@ ON_CLEAN_MODELS = (
     "Gaussian, per layer",
     "uniform, per layer",
     "uniform, per cell",
+    "compensated, own generations",
 )
 WITH_ACCURACY = ("no defence", "stochastic rounding", "Gaussian, per layer", "compensated, own generations")
 ACCURATE = "usual"  # the attacker whose models' accuracy is measured
-NO_GRID = ("gptq-4",)
+CALIBRATED = ("gptq-4",)
 
 
 def main() -> None:
@@ -194,9 +200,8 @@ def measure_missing(arguments: argparse.Namespace) -> None:
 
 
 def is_impossible(format: str, name: str) -> bool:
-    """Whether the format has no grid that this defence could round to."""
-    needs_grid = name.startswith(("stochastic", "compensated")) or DEFENCES[name].move is not None
-    return format in NO_GRID and needs_grid
+    """Whether the defence is for quantizers that round each weight by itself."""
+    return format in CALIBRATED and DEFENCES[name].move is not None
 
 
 def run(format: str, attacker: str, name: str, seed: int) -> dict[str, Any]:
@@ -242,7 +247,7 @@ def folder_of(format: str, attacker: str) -> Path:
 def load(folder: Path, format: str, options: Options | None) -> Any:
     """Really quantized by the library, with guard if there are options for it."""
     arguments: dict[str, Any] = {}
-    if format in NO_GRID:
+    if format in CALIBRATED:
         text = standard_library_text(CALIBRATION_CHARACTERS, "training")[:6000]
         texts = [text[start : start + 750] for start in range(0, len(text), 750)]
         arguments = {"dataset": texts, "group_size": GPTQ_GROUP}

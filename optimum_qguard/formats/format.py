@@ -56,6 +56,11 @@ class Format(ABC):
         in bfloat16 that it keeps in float32."""
         return self.fixed_grid
 
+    def keeps_symbols(self, dtype: torch.dtype) -> bool:
+        """Whether a weight that was moved to another point of the grid comes back as that symbol, but for few of them:
+        also where the quantizer moves weights afterwards, if by far less than a step."""
+        return self.fixed_for(dtype)
+
     def block_sizes(self, shape: torch.Size, n_blocks: int) -> Tensor | int:
         """How many weights each block holds, padding not counted: one number, or ``(n_blocks,)`` int64."""
         return shape.numel() // max(n_blocks, 1)

@@ -1,7 +1,9 @@
 """GPTQ's grid (Frantar et al. 2022, arXiv:2210.17323) as gptqmodel lays it.
 
 GPTQ moves a group's weights while it quantizes the columns before it, and only then lays that group's grid. So the grid
-here is that of the original weights: right for half-widths and cells, not a prediction of the symbols.
+here is that of the original weights: right for half-widths and cells, not a prediction of the symbols. Of weights that
+lie on that grid already, only those that set a scale have an error that GPTQ could spread, half a step at most; so
+nearly all others stay where they are.
 """
 
 from __future__ import annotations
@@ -28,16 +30,21 @@ class GPTQ(AffineGroup):
         bits: 2 to 8.
         group_size: -1 for one group per row.
         symmetric: ``sym`` of ``GPTQConfig``.
+        act_order: ``desc_act``: groups are of columns in another order than they are stored in.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    act_order: bool = False
     fixed_grid = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits is 2 to 8, not {self.bits}")
+
+    def keeps_symbols(self, dtype: torch.dtype) -> bool:
+        return self.group_size == -1 or not self.act_order
 
     def group_of(self, shape: torch.Size) -> int:
         return max(shape[-1], 1) if self.group_size == -1 else self.group_size

@@ -86,7 +86,7 @@ def round_compensated(
 
     Args:
         weight: ``(out_features, in_features)`` as the quantizer sees it, see `Format`. Not changed.
-        format: what the quantizer will do to it; its grid must be fixed for the weight's dtype.
+        format: what the quantizer will do to it; it must keep symbols of the weight's dtype.
         feedback: of the layer's inputs, on the weight's device.
         stream: the tensor's random bits.
         name: what errors call the tensor.
@@ -101,7 +101,7 @@ def round_compensated(
     """
     if weight.ndim != 2 or len(feedback.order) != weight.shape[1]:
         raise ValueError(f"{name}: {tuple(weight.shape)} weights do not fit {len(feedback.order)} inputs")
-    if not format.fixed_for(weight.dtype):
+    if not format.keeps_symbols(weight.dtype):
         raise ValueError(f"{name}: compensation needs a grid that is known beforehand, which {format} has not")
     quantized = format.quantize(weight, name)
     check_grid(quantized.grid, weight, name)

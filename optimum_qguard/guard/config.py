@@ -28,8 +28,9 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantization_config: any configuration of transformers that quantizes while loading, or its dict form.
         method: how rounding is randomized. ``"stochastic"``: unbiased rounding onto the quantizer's own grid;
             ``"gaussian"`` or ``"uniform"``: noise before the quantizer; ``"auto"``: stochastic where the grid is known
-            beforehand; uniform per cell where the quantizer searches or calibrates it; Gaussian where the cells are an
-            estimate, and where ``noise`` or ``multiplier`` is given.
+            beforehand, with error feedback where the quantizer calibrates (see ``compensate``); uniform per cell where
+            it searches its grid; Gaussian where the cells are an estimate, and where ``noise`` or ``multiplier`` is
+            given.
         noise: amplitude of Gaussian (standard deviation) or uniform (half range) noise: ``"per_layer"``, the median
             half-width of each tensor's cells; ``"global"``, the median of those over the model; ``"per_cell"``, the
             half-width of each weight's own cell; or a number in the weights' units.
@@ -39,7 +40,8 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
             at 4 bits about as close to full precision as plain rounding. What the inputs are like is measured on
             ``"auto"``, the model's own generations, or on a list of texts or a ``datasets.Dataset`` with a ``text``
             column (the first 8,192 tokens; kept here as a list, never written into reports or saved models). The
-            full-precision model is loaded and run once for that. ``None`` does without.
+            full-precision model is loaded and run once for that. ``None`` does without, but for GPTQ, for which
+            ``"auto"`` is the default.
         clip_outliers: what to do about planted block maxima, which make a grid so coarse that all other weights round
             to zero. ``"auto"`` brings them back to what the rest of their block supports before anything is calibrated,
             and leaves genuine outliers alone (see `optimum_qguard.guard.outliers`); a number does so from that ratio to
@@ -119,6 +121,11 @@ class QGuardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.has_amplitude or estimated:
             return "gaussian", self.noise == "per_cell"
         return ("stochastic", False) if known else ("uniform", True)
+
+    @property
+    def leaves_all_open(self) -> bool:
+        """Whether guard is to choose by itself what suits the quantizer."""
+        return self.method == "auto" and not self.has_amplitude and self.compensate is None
 
     @property
     def has_amplitude(self) -> bool:

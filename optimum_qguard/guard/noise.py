@@ -103,7 +103,7 @@ def draw(
         WeightError: NaN or infinite weights.
         ValueError: stochastic rounding asked of a format whose quantizer searches its grid.
     """
-    if method == "stochastic" and not format.fixed_for(weight.dtype):
+    if method == "stochastic" and not format.keeps_symbols(weight.dtype):
         raise ValueError(
             f"{name}: stochastic rounding needs a grid that is known beforehand, which {format} has not for "
             f"{weight.dtype} weights: use method='auto' or 'gaussian'"

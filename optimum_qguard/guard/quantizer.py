@@ -65,15 +65,21 @@ class Guard:
         self._rescalings: dict[str, list[Rescaling]] = {}
         self._expected: set[str] = set()
         self._tensors: dict[str, TensorReport] = {}
+        self._mended: dict[str, int] = {}
         self._failure: QGuardError | None = None
-        if config.method == "stochastic" and (self._backend.calibrates or not self._backend.exact):
+        rounds = self._backend.exact
+        if self._backend.calibrates:  # one format for all weights
+            format = self._backend.format_of(self._inner, nn.Linear(1, 1, device="meta"), "weight")
+            rounds &= format.keeps_symbols(torch.float32)
+        self._rounds = rounds
+        if config.method == "stochastic" and not rounds:
             raise QGuardConfigError(
                 f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
                 "to: use method='auto' or 'gaussian'"
             )
         self._prerounding: Prerounding | None = None
         if config.compensate is not None:
-            if self._backend.calibrates or not self._backend.exact:
+            if not rounds:
                 raise QGuardConfigError(
                     f"{type(self._inner).__name__} has no grid that guard knows beforehand, so errors cannot be "
                     "compensated on it: leave compensate None"
@@ -215,18 +221,23 @@ class Guard:
             return False
         return self._backend.quantizes(self._inner, model.get_submodule(name.rpartition(".")[0]), name)
 
-    def _guard_loaded(self, model: nn.Module) -> None:
+    def _guard_loaded(self, model: Any) -> None:
         modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)
         weights: dict[str, Any] = {f"{name}.weight": module.weight for name, module in modules.items()}
         self._expected = set(weights)
         try:
+            if self._prerounding is None and self._rounds and self._config.leaves_all_open and model.can_generate():
+                self._prerounding = Prerounding("auto", self._seed)
+            if self._prerounding is not None:
+                self._mend(model)
+                self._prerounding.run(model, {name: self._format(model, name)[1] for name in weights})
             if self._config.noise == "global":
                 self._global_amplitude = median(
                     self._half_width(model, name, weight.data) for name, weight in weights.items()
                 )
             for name, weight in weights.items():
                 weight.data = self._randomize(model, name, weight.data)
-        except WeightError as error:
+        except (WeightError, QGuardError) as error:
             raise not_loaded(error) from error
 
     @torch.no_grad()
@@ -239,8 +250,9 @@ class Guard:
             if name in self._expected and not parameter.is_meta:
                 module, format = self._format(model, name)
                 transposed = isinstance(module, Conv1D)
-                weight, _ = self._clip(parameter.data.T if transposed else parameter.data, format, name)
+                weight, clipped = self._clip(parameter.data.T if transposed else parameter.data, format, name)
                 parameter.data = weight.T if transposed else weight
+                self._mended[name] = clipped
         self._rescale_norms(model)
 
     def _rescale_norms(self, model: nn.Module) -> None:
@@ -267,7 +279,7 @@ class Guard:
             weights=weight.numel(),
             share_changed=drawn.share_changed,
             sampled=drawn.sampled,
-            clipped=clipped,
+            clipped=max(clipped, self._mended.get(name, 0)),  # in place, if it was mended already
             rescaled=rescaled_channels(self._rescalings.get(name, ())),
         )
         return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight

@@ -1,4 +1,4 @@
-"""GPTQ through gptqmodel: noise before its calibration.
+"""GPTQ through gptqmodel: symbols chosen with error feedback, or noise, before its calibration.
 
 float32 throughout: gptqmodel's BF16 kernels for CPUs repack a model when it first runs, and it cannot be saved then.
 """
@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny, save_tokenizer
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-from optimum_qguard import GuardReport, QGuardError, QGuardGPTQConfig
+from optimum_qguard import GuardReport, QGuardConfig, QGuardError, QGuardGPTQConfig
 from optimum_qguard.formats.gptq import GPTQ
 from optimum_qguard.guard.backends.gptq import GPTQModel
+from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import draw
+from optimum_qguard.guard.quantizer import Guard
 from optimum_qguard.guard.random import RandomStream
 
 pytest.importorskip("gptqmodel")
@@ -56,6 +58,12 @@ def guarded(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
+def noised(folder: Path) -> Any:
+    options: dict[str, Any] = {"method": "uniform", "noise": "per_cell"}
+    return load(folder, QGuardConfig(GPTQConfig(bits=4, group_size=GROUP, dataset=samples()), **options, seed=3))
+
+
+@pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
     return load(folder, GPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
 
@@ -68,20 +76,76 @@ def test_every_quantized_layer_is_in_the_report(guarded: Any) -> None:
     names = {tensor.name.removesuffix(".weight") for tensor in guarded.qguard_report.tensors}
     assert names == quantized(guarded).keys()
     assert len(names) == 14
-    assert {tensor.method for tensor in guarded.qguard_report.tensors} == {"uniform"}
+    assert {tensor.method for tensor in guarded.qguard_report.tensors} == {"compensated"}
+    assert guarded.qguard_report.samples.kind == "own generations"
 
 
-def test_a_quarter_of_the_symbols_changes(guarded: Any) -> None:
-    for tensor in guarded.qguard_report.tensors:
+@pytest.mark.parametrize("options", [{}, {"method": "stochastic"}, {"sym": False}, {"bits": 8}], ids=str)
+def test_gptq_keeps_the_symbols_that_guard_chose(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """But for those that set a scale, and few others."""
+    handed: dict[str, torch.Tensor] = {}
+
+    def note(self: Any, weight: Any, format: Any, name: str) -> Any:
+        drawn, method = original(self, weight, format, name)
+        handed[name] = drawn.weight
+        return drawn, method
+
+    original = Guard._draw
+    monkeypatch.setattr(Guard, "_draw", note)
+    arguments = {"bits": 4, "sym": True} | {key: value for key, value in options.items() if key != "method"}
+    inner = GPTQConfig(**arguments, group_size=GROUP, dataset=samples())
+    model = load(folder, QGuardConfig(inner, method=options.get("method", "auto"), seed=3))
+    format = GPTQ(arguments["bits"], GROUP, arguments["sym"])
+    assert len(handed) == 14
+    for name, weight in handed.items():
+        chosen = format.quantize(weight)
+        scale = format.unblock(chosen.grid.scale.expand(chosen.block_codes.shape), weight.shape)
+        module = model.get_submodule(name.removesuffix(".weight"))
+        moved = (module.dequantize_weight().T - chosen.dequantize()).abs() / scale
+        assert (moved < 0.5).float().mean() > 0.95, name
+
+
+def test_a_quarter_of_the_symbols_changes(noised: Any) -> None:
+    for tensor in noised.qguard_report.tensors:
         assert tensor.format == str(GPTQ(4, GROUP, True))
+        assert tensor.method == "uniform"
         assert tensor.amplitude is None
         assert 0.2 < tensor.share_changed < 0.3
 
 
-def test_gptq_calibrates_on_exactly_the_noised_weights(guarded: Any, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["default", "auto"])
+def test_groups_in_an_order_that_is_not_known(folder: Path, asked: str) -> None:
+    """With ``desc_act`` there is nothing to round to beforehand."""
+    inner = GPTQConfig(bits=4, group_size=GROUP, desc_act=True, dataset=samples())
+    if asked == "auto":
+        with pytest.raises(QGuardConfigError, match="GPTQConfig has no grid that guard knows beforehand, so errors"):
+            load(folder, QGuardConfig(inner, compensate="auto"))
+    else:
+        model = load(folder, QGuardConfig(inner))
+        assert {tensor.method for tensor in model.qguard_report.tensors} == {"uniform"}
+
+
+def test_planted_outliers_are_clipped_before_symbols_are_chosen(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = model.get_parameter(name).data
+    rows = torch.arange(len(weight))
+    weight[rows, 7 * rows % weight.shape[1]] *= 512
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    report = load(tmp_path, QGuardGPTQConfig(group_size=GROUP, dataset=samples())).qguard_report
+    assert {tensor.method for tensor in report.tensors} == {"compensated"}
+    clipped = {tensor.name: tensor.clipped for tensor in report.tensors if tensor.clipped}
+    assert clipped.keys() == {name}
+    assert clipped[name] > 0.9 * len(weight)
+
+
+def test_gptq_calibrates_on_exactly_the_noised_weights(noised: Any, folder: Path, tmp_path: Path) -> None:
     """Noise the checkpoint by hand, quantize it without guard: the same weights come out."""
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    report = guarded.qguard_report
+    report = noised.qguard_report
     for tensor in report.tensors:
         weight = full.get_parameter(tensor.name).data
         stream = RandomStream(int(report.seed, 16), tensor.name)
@@ -89,7 +153,7 @@ def test_gptq_calibrates_on_exactly_the_noised_weights(guarded: Any, folder: Pat
     full.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     by_hand = load(tmp_path, GPTQConfig(bits=4, group_size=GROUP, dataset=samples()))
-    for name, module in quantized(guarded).items():
+    for name, module in quantized(noised).items():
         for buffer in ("qweight", "qzeros", "scales"):
             assert torch.equal(getattr(module, buffer), getattr(by_hand.get_submodule(name), buffer)), name
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from libraries import library_config, stored
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from optimum_qguard import QGuardConfig, QGuardError, QGuardInt8Config, QGuardNF4Config
 from optimum_qguard.formats import WeightError, get_format
@@ -214,12 +214,6 @@ def test_what_is_refused(saved: Saved, with_tokenizer: Path) -> None:
     quanto = QGuardConfig(library_config("quanto-int8"), compensate="auto")
     with pytest.raises(QGuardConfigError, match=r"no fixed grid for torch.bfloat16 [^\n]*dtype=torch.float32"):
         load(saved("llama"), quanto, dtype=torch.bfloat16)
-
-
-def test_a_library_that_calibrates_is_refused(saved: Saved) -> None:
-    pytest.importorskip("gptqmodel")
-    with pytest.raises(QGuardConfigError, match="GPTQConfig has no grid that guard knows beforehand, so errors cannot"):
-        load(saved("llama"), QGuardConfig(GPTQConfig(bits=4, dataset=TEXTS), compensate="auto"))
 
 
 def test_texts_are_cut_into_sequences(with_tokenizer: Path, saved: Saved) -> None:

@@ -214,5 +214,6 @@ def test_configurations_that_cannot_be_guarded(inner: QuantizationConfigMixin, s
 
 def test_stochastic_rounding_needs_a_known_grid() -> None:
     pytest.importorskip("gptqmodel")
+    config = QGuardGPTQConfig(dataset=["text"], desc_act=True, method="stochastic")
     with pytest.raises(QGuardConfigError, match="GPTQConfig has no grid that guard knows beforehand"):
-        AutoHfQuantizer.from_config(QGuardGPTQConfig(dataset=["text"], method="stochastic"), pre_quantized=False)
+        AutoHfQuantizer.from_config(config, pre_quantized=False)

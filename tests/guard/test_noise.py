@@ -242,7 +242,7 @@ def test_weights_beyond_the_quantizers_range() -> None:
 
 def test_stochastic_rounding_refuses_an_unknown_grid() -> None:
     with pytest.raises(ValueError, match="use method='auto' or 'gaussian'"):
-        draw_with(random_weight(16, 128), get_format("gptq-4"), "stochastic")
+        draw_with(random_weight(16, 256), get_format("gguf-q4_k"), "stochastic")
     with pytest.raises(ValueError, match="bfloat16"):
         draw_with(random_weight(16, 128, torch.bfloat16), get_format("quanto-int8"), "stochastic")
 

@@ -23,8 +23,8 @@ class Backend(ABC):
         requirement: the Python package it needs, and the extra of this distribution that installs it (``None``: core).
         exact: whether tests compare the symbols of `format_of` with the library's own. If not, its cells are good
             enough to calibrate noise by, and stochastic rounding is not available.
-        calibrates: whether it quantizes after loading, from calibration data, moving weights itself. Then the noise is
-            added to the loaded weights before it starts, and stochastic rounding is not available.
+        calibrates: whether it quantizes after loading, from calibration data, moving weights itself. Then the loaded
+            weights are randomized before it starts.
     """
 
     quant_methods: ClassVar[tuple[str, ...]]

@@ -21,7 +21,7 @@ class GPTQModel(Backend):
     calibrates = True
 
     def format_of(self, config: Any, module: nn.Module, parameter: str) -> Format:
-        return GPTQ(config.bits, config.group_size, config.sym)
+        return GPTQ(config.bits, config.group_size, config.sym, bool(config.desc_act))
 
     def is_transposed(self, module: nn.Module) -> bool:
         return isinstance(module, Conv1D)
