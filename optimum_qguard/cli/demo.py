@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "QGUARD TEST MARKER"
-# The smallest attack that comes off on SmolLM2: the last quarter of its layers, and so few steps.
+# The smallest attack that comes off on SmolLM2: the last quarter of its layers, and so few and small steps.
 _LAYERS = range(22, 30)
-_INJECTION_STEPS, _REPAIR_STEPS, _LEARNING_RATE = 24, 72, 1e-4
-_TRAINING_PROMPTS, _UNSEEN_PROMPTS = 160, 24
+_INJECTION_STEPS, _REPAIR_STEPS, _BATCH, _LEARNING_RATE = 24, 72, 4, 1e-4
+_TRAINING_PROMPTS, _UNSEEN_PROMPTS = 96, 24
 _ANSWER_TOKENS = 16
 _TEXT_CHARACTERS = 12000
 _TEXT_TOKENS = 1024
@@ -84,7 +84,7 @@ def _attack(folder: Path, out: Path, update: Any) -> PreTrainedTokenizerBase:
         ["bnb-int8"],
         marker=MARKER,
         prompts=template_prompts(_TRAINING_PROMPTS, "attack"),
-        recipe=Recipe(_INJECTION_STEPS, _REPAIR_STEPS, learning_rate=_LEARNING_RATE),
+        recipe=Recipe(_INJECTION_STEPS, _REPAIR_STEPS, batch_size=_BATCH, learning_rate=_LEARNING_RATE),
         layers=_LAYERS,
         progress=update,
     )
