@@ -225,6 +225,12 @@ class Guard:
         modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)
         weights: dict[str, Any] = {f"{name}.weight": module.weight for name, module in modules.items()}
         self._expected = set(weights)
+        offloaded = next((name for name, weight in weights.items() if weight.is_meta), None)
+        if offloaded is not None:
+            raise QGuardError(
+                f"the model was not loaded: {offloaded} is offloaded, where guard cannot reach it before it is "
+                "calibrated; load the model without offloading"
+            )
         try:
             if self._prerounding is None and self._rounds and self._config.leaves_all_open and model.can_generate():
                 self._prerounding = Prerounding("auto", self._seed)

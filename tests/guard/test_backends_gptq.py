@@ -233,6 +233,18 @@ def test_a_weight_that_is_no_number_is_named_before_calibrating(folder: Path, tm
         load(tmp_path, QGuardGPTQConfig(group_size=GROUP, dataset=samples()))
 
 
+def test_offloaded_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    modules = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    with pytest.raises(QGuardError, match=r"model\.layers\.1\.[^\n]* is offloaded, where guard cannot reach it"):
+        AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=QGuardGPTQConfig(group_size=GROUP, dataset=samples()),
+            dtype=torch.float32,
+            device_map={**dict.fromkeys(modules, "cpu"), "model.layers.1": "disk"},
+            offload_folder=tmp_path,
+        )
+
+
 def test_a_layer_that_guard_does_not_know_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = GPTQModel.modules_to_calibrate
 
