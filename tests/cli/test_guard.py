@@ -102,7 +102,7 @@ def test_gptq_calibrates_on_a_text(qguard: Callable[..., Any], model: Path, tmp_
     text.write_text(" ".join(f"w{index * 7 % 512}" for index in range(4000)))
     result = qguard("guard", model, tmp_path / "out", "--format", "gptq-4", "--group-size", "32", "--dataset", text)
     assert result.code == 0
-    assert "uniform" in result.out
+    assert "error feedback" in result.out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == 32
 
 
@@ -273,8 +273,6 @@ def test_a_library_that_is_not_installed(
 def test_what_cannot_be_guarded_stochastically(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     options = ["--method", "stochastic"]
     assert "gaussian" in refused("guard", model, tmp_path / "out", "--format", "gguf-q4_k_m", *options)
-    pytest.importorskip("gptqmodel")
-    assert "gaussian" in refused("guard", model, tmp_path / "out", "--format", "gptq-4", *options).splitlines()[-1]
 
 
 def test_a_dataset_that_is_no_text(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
