@@ -67,19 +67,15 @@ class Guard:
         self._tensors: dict[str, TensorReport] = {}
         self._mended: dict[str, int] = {}
         self._failure: QGuardError | None = None
-        rounds = self._backend.exact
-        if self._backend.calibrates:  # one format for all weights
-            format = self._backend.format_of(self._inner, nn.Linear(1, 1, device="meta"), "weight")
-            rounds &= format.keeps_symbols(torch.float32)
-        self._rounds = rounds
-        if config.method == "stochastic" and not rounds:
+        self._keeps_symbols = self._backend.keeps_symbols(self._inner)
+        if config.method == "stochastic" and not self._keeps_symbols:
             raise QGuardConfigError(
                 f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
                 "to: use method='auto' or 'gaussian'"
             )
         self._prerounding: Prerounding | None = None
         if config.compensate is not None:
-            if not rounds:
+            if not self._keeps_symbols:
                 raise QGuardConfigError(
                     f"{type(self._inner).__name__} has no grid that guard knows beforehand, so errors cannot be "
                     "compensated on it: leave compensate None"
@@ -232,7 +228,7 @@ class Guard:
                 "calibrated; load the model without offloading"
             )
         try:
-            if self._prerounding is None and self._rounds and self._config.leaves_all_open and model.can_generate():
+            if self._config.leaves_all_open and self._keeps_symbols and model.can_generate():
                 self._prerounding = Prerounding("auto", self._seed)
             if self._prerounding is not None:
                 self._mend(model)

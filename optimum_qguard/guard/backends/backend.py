@@ -22,7 +22,7 @@ class Backend(ABC):
         presets: configurations by the name that ``qguard guard --format`` gives them.
         requirement: the Python package it needs, and the extra of this distribution that installs it (``None``: core).
         exact: whether tests compare the symbols of `format_of` with the library's own. If not, its cells are good
-            enough to calibrate noise by, and stochastic rounding is not available.
+            enough to calibrate noise by, and no more.
         calibrates: whether it quantizes after loading, from calibration data, moving weights itself. Then the loaded
             weights are randomized before it starts.
     """
@@ -52,6 +52,11 @@ class Backend(ABC):
         Raises:
             QGuardConfigError: with the reason.
         """
+
+    def keeps_symbols(self, config: Any) -> bool:
+        """Whether a weight that was moved to another point of its grid comes back as that symbol (see
+        `Format.keeps_symbols`), so that guard can choose symbols."""
+        return self.exact
 
     def quantizes(self, config: Any, module: nn.Module, parameter: str) -> bool:
         """Whether the library really quantizes a parameter that transformers hands it to quantize."""

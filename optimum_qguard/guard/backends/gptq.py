@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GPTQConfig
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +22,10 @@ class GPTQModel(Backend):
     calibrates = True
 
     def format_of(self, config: Any, module: nn.Module, parameter: str) -> Format:
-        return GPTQ(config.bits, config.group_size, config.sym, bool(config.desc_act))
+        return _format(config)
+
+    def keeps_symbols(self, config: Any) -> bool:
+        return _format(config).keeps_symbols(torch.float32)
 
     def is_transposed(self, module: nn.Module) -> bool:
         return isinstance(module, Conv1D)
@@ -49,6 +53,10 @@ class GPTQModel(Backend):
         for holder in (config.quantization_config, quantizer.optimum_quantizer):
             if not isinstance(holder.dataset, str):
                 holder.dataset = None
+
+
+def _format(config: Any) -> GPTQ:
+    return GPTQ(config.bits, config.group_size, config.sym, bool(config.desc_act))
 
 
 backend = GPTQModel()
