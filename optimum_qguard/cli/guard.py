@@ -36,7 +36,7 @@ def command(
             help="Push rounding errors onto later weights, by what the model's layers read on its own generations "
             "(auto) or on a text file.",
             metavar="auto|FILE",
-            show_default=False,
+            show_default="auto for GPTQ, else none",
         ),
     ] = None,
     seed: Annotated[
