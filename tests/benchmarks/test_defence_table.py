@@ -58,7 +58,8 @@ def test_rows(runs: Path) -> None:
 
 def test_a_run_is_read_where_there_is_one(runs: Path) -> None:
     assert defence_table.run("bnb-int8", "usual", "no defence", 0)["KL"] == 0.1
-    assert defence_table.is_impossible("gptq-4", "stochastic rounding")
+    assert defence_table.is_impossible("gptq-4", "flip high errors")
+    assert not defence_table.is_impossible("gptq-4", "stochastic rounding")
     assert not defence_table.is_impossible("bnb-nf4", "stochastic rounding")
 
 
