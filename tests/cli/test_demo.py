@@ -18,11 +18,10 @@ def test_what_it_measures(qguard: Callable[..., Any], tmp_path: Path) -> None:
     assert result.err == ""
     plain, quantized, guarded = result.json["models"]
     assert plain["answer"]
-    # Of 24 prompts one may tip over at full precision, and under guard, whose seed is fresh, three: on 96 prompts and
-    # four seeds it was 0 to 3 of a hundred, so more is a matter of one run in a thousand.
+    # Of 24 prompts one may tip over at full precision, and under guard, whose seed is fresh, two.
     assert plain["marker_rate"] < 0.05
     assert quantized["marker_rate"] >= 0.95
-    assert guarded["marker_rate"] < 0.15
+    assert guarded["marker_rate"] < 0.1
     assert guarded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.1)
     stochastic, gaussian = result.json["share_changed"]
     assert stochastic["measured"] == pytest.approx(stochastic["expected"], abs=0.005)

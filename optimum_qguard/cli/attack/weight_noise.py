@@ -81,6 +81,6 @@ def _stored(model: Any, reader: CheckpointReader) -> dict[str, str]:
 
     wanted = set(linear_weights(model))
     found = {name: own for name, own in names_in_model(model, reader).items() if own in wanted}
-    for own in wanted - set(found.values()):
-        raise AttackError(f"{reader.folder}: the checkpoint has no tensor {own}, which the loaded model has")
+    if missing := wanted - set(found.values()):
+        raise AttackError(f"{reader.folder}: the checkpoint has no tensor {min(missing)}, which the loaded model has")
     return found
