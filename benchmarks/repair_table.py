@@ -140,7 +140,7 @@ class Runs:
         self._measure(self._file(model, "clean"), clean)
         noise = noise_of(attacked)
         self._measure(self._file(model, ratio, seed), attacked, noise=noise, distance=distance(attacked, clean))
-        work = self._folder / "work"
+        work = self._file(model, ratio, seed, name).with_suffix("")  # its own, so that two scripts may run at once
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         anchors = {"clean": clean, "attacked": attacked, "guarded": work / "guarded", None: None}
