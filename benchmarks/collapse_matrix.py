@@ -2,7 +2,8 @@
 
 SmolLM2 as published, and three encryptions of it: the default, weaker traps (which GGUF's float16 scales can hold), and
 the profile for FP16 inference. Every quantizer is the real library unless ``how`` says otherwise. Single runs are kept
-in the cache folder, so that a script that was stopped goes on where it was.
+in the cache folder, so that a script that was stopped goes on where it was; rows of formats and models that are not
+chosen stay as they are in the file, with their dates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from collapse_formats import ANSWERS, FORMATS, FULL, PARTS, TEXT
-from harness import RESULTS, argument_parser, print_table, versions, write
+from harness import RESULTS, argument_parser, day_of, earlier_rows, print_table, versions, write
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_qguard.checkpoint import atomic_write
@@ -90,7 +91,7 @@ def measure_matrix(arguments: argparse.Namespace) -> None:
                         run(name, format, part)
                     if format == FULL and name == DEFAULT:
                         identity(name)
-    rows = table(arguments.models, arguments.formats)
+    rows = in_order([*table(arguments.models, arguments.formats), *rows_of_the_rest(arguments)])
     write("collapse_matrix", rows, arguments.output)
     draw(rows, arguments.output.with_suffix(".png"))
     print_table(rows)
@@ -221,8 +222,20 @@ def table(models: Sequence[str], formats: Sequence[str]) -> list[dict[str, Any]]
         for name in models:
             row = {"format": format, "how": FORMATS[format].how, "model": name, **summary(name, format)}
             if row["status"] is not None:
-                rows.append(row)
+                parts = (run_file(name, format, part) for part in (*PARTS, IDENTITY))
+                rows.append({**row, "date": day_of(file for file in parts if file.exists())})
     return rows
+
+
+def rows_of_the_rest(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What an earlier run found about formats or models that this one leaves alone."""
+    chosen = set(itertools.product(arguments.formats, arguments.models))
+    return [row for row in earlier_rows(arguments.output) if (row["format"], row["model"]) not in chosen]
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By format as they are listed, then by model."""
+    return sorted(rows, key=lambda row: (list(FORMATS).index(row["format"]), MODELS.index(row["model"])))
 
 
 def read(name: str, format: str, part: str) -> dict[str, Any]:

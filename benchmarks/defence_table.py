@@ -13,14 +13,13 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from attacked_smollm2 import ATTACKERS, GPTQ_GROUP, MARKER, attacked_smollm2
-from harness import RESULTS, argument_parser, print_table, versions, write
+from harness import RESULTS, argument_parser, day_of, earlier_rows, print_table, versions, write
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -322,16 +321,13 @@ def table(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 runs = read(format, attacker, name)
                 if runs:
                     row = {"format": format, "attacker": attacker, "defence": name, **summary(runs, clean_kl)}
-                    rows.append({**row, "date": last_day(format, attacker, name)})
+                    rows.append({**row, "date": day_of(run_files(format, attacker, name))})
     return rows
 
 
 def rows_of_other_formats(output: Path, formats: Sequence[str]) -> list[dict[str, object]]:
     """What an earlier run found about formats that this one leaves alone, with its date."""
-    if not output.exists():
-        return []
-    before = json.loads(output.read_text())
-    return [{"date": before["date"], **row} for row in before["rows"] if row["format"] not in formats]
+    return [row for row in earlier_rows(output) if row["format"] not in formats]
 
 
 def in_order(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
@@ -348,12 +344,6 @@ def run_files(format: str, attacker: str, defence: str) -> list[Path]:
     """Those of a row that there are."""
     files = (run_file(format, attacker, defence, seed) for seed in range(10))
     return [file for file in files if file.exists()]
-
-
-def last_day(format: str, attacker: str, defence: str) -> str:
-    """On which a row was measured last."""
-    last = max(file.stat().st_mtime for file in run_files(format, attacker, defence))
-    return datetime.fromtimestamp(last, timezone.utc).date().isoformat()
 
 
 def summary(runs: list[dict[str, Any]], clean_kl: float | None) -> dict[str, object]:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -122,6 +122,20 @@ def write(name: str, rows: Sequence[Row], output: Path, sections: Mapping[str, o
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     partial.replace(output)
+
+
+def day_of(files: Iterable[Path]) -> str:
+    """The day (UTC) on which the last of them was written."""
+    last = max(file.stat().st_mtime for file in files)
+    return datetime.fromtimestamp(last, timezone.utc).date().isoformat()
+
+
+def earlier_rows(output: Path) -> list[dict[str, Any]]:
+    """All rows that ``output`` has, each with the ``date`` it was measured on; none where it is not there."""
+    if not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    return [{**row, "date": row.get("date", before["date"])} for row in before["rows"]]
 
 
 def rows_of_others(output: Path, models: Collection[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """What stands for quantizers that are no library, and how runs become rows; the runs themselves are the benchmark."""
 
+import argparse
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,18 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not collapse_matrix.is_wanted(DEFAULT, "gguf-q8_0", ANSWERS), "what is refused says nothing"
     assert collapse_matrix.is_wanted(DEFAULT, "bnb-int8", ANSWERS)
     assert not collapse_matrix.is_wanted(WEAKER, "bnb-int8", ANSWERS), "not what the table is about"
-    assert len({tuple(row) for row in rows}) == 1, "the same columns in each"
+    assert {row["date"] for row in rows} == {datetime.now(timezone.utc).date().isoformat()}
+    output = tmp_path / "out.json"
+    before = [{**rows[0], "KL": 9.0}, {**rows[2], "model": WEAKER, "KL": 8.0}, {**rows[3], "KL": 7.0}]
+    for row in before:
+        del row["date"]
+    output.write_text(json.dumps({"date": "2026-01-02", "rows": before}))
+    chosen = argparse.Namespace(models=[ORIGINAL, DEFAULT], formats=formats[:2], output=output)
+    rest = collapse_matrix.rows_of_the_rest(chosen)
+    assert [(row["KL"], row["date"]) for row in rest] == [(8.0, "2026-01-02"), (7.0, "2026-01-02")]
+    both = collapse_matrix.in_order([*rest, *rows[:3]])
+    assert [row["KL"] for row in both] == [0.0, 0.0, None, 8.0, 7.0]
+    assert len({tuple(row) for row in both}) == 1, "the same columns in each"
     assert [word(row["status"]) for row in rows[2:]] == ["NaN", "refused"]
     collapse_matrix.draw(rows, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
