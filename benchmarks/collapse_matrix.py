@@ -41,7 +41,7 @@ from optimum_qguard.evaluate.similarity import similarity
 ORIGINAL, DEFAULT, WEAKER = "original", "encrypted", "weaker traps"
 ENCRYPTED: Mapping[str, Traps] = {
     DEFAULT: Traps(),
-    WEAKER: Traps(strength=6),
+    WEAKER: Traps(strength=6, qk_fraction=0.25),
     "FP16-safe": FP16_SAFE,
 }
 MODELS = (ORIGINAL, *ENCRYPTED)

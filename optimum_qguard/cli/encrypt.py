@@ -23,6 +23,10 @@ def command(
         float | None,
         typer.Option(help="Share of each site's channels that is trapped.", show_default="0.25"),
     ] = None,
+    qk_fraction: Annotated[
+        float | None,
+        typer.Option(help="The same between queries and keys, which KV caches notice.", show_default="0.75"),
+    ] = None,
     fp16_safe: Annotated[
         bool, typer.Option("--fp16-safe", help="Weaker traps that survive inference in FP16 as well.")
     ] = False,
@@ -93,15 +97,14 @@ def command(
     from optimum_qguard.encrypt.transform import FP16_SAFE, encrypt_checkpoint
     from optimum_qguard.encrypt.traps import Traps
 
-    traps = FP16_SAFE if fp16_safe else Traps()
-    if strength is not None:
-        if fp16_safe and strength > FP16_SAFE.strength:
-            raise EncryptError(
-                f"--strength {strength} may overflow in FP16; with --fp16-safe it is at most {FP16_SAFE.strength}"
-            )
-        traps = replace(traps, strength=strength)
-    if fraction is not None:
-        traps = replace(traps, fraction=fraction)
+    if fp16_safe and strength is not None and strength > FP16_SAFE.strength:
+        raise EncryptError(
+            f"--strength {strength} may overflow in FP16; with --fp16-safe it is at most {FP16_SAFE.strength}"
+        )
+    if fp16_safe and qk_fraction is not None:
+        raise EncryptError("--qk-fraction does nothing with --fp16-safe, which leaves queries and keys alone")
+    chosen = _given(strength=strength, fraction=fraction, qk_fraction=qk_fraction)
+    traps = replace(FP16_SAFE if fp16_safe else Traps(), **chosen)
     band = _given(first_layer=first_layer, last_layer=last_layer)
     conditioned = _given(plain_layers=plain_layers, spacing=spacing) | _range("kappa", kappa)
     residual = _given(rank=rank, every=every) | _range("epsilon", epsilon)
@@ -151,7 +154,7 @@ def command(
     console.print(f"Written to {out}. Keep {key} secret, and a copy of it: nothing else turns it back.", soft_wrap=True)
 
 
-def _given(**options: int | None) -> dict[str, Any]:
+def _given(**options: float | None) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -18,12 +18,13 @@ Mode = Literal["exact", "dense"]
 
 
 class TrapParameters(BaseModel):
-    """See `optimum_qguard.encrypt.traps.Traps`."""
+    """See `optimum_qguard.encrypt.traps.Traps`. Manifests without a ``qk_fraction`` have one for all sites."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strength: int
     fraction: float
+    qk_fraction: float = Field(default_factory=lambda given: given["fraction"])
     positive_only: bool
 
 

@@ -27,19 +27,23 @@ class Traps:
     Attributes:
         strength: a trapped channel's factor is ``2**strength`` or ``2**-strength``.
         fraction: which share of each site's channels is trapped; at least one channel is.
+        qk_fraction: the same for sites between queries and keys. They scale rows, and weight quantizers have scales for
+            each row; it is KV caches that notice them.
         positive_only: multiply columns only, and leave key sites alone, which multiply rows. Activations then never
             grow, so that FP16 inference does not overflow.
     """
 
     strength: int = 18
     fraction: float = 0.25
+    qk_fraction: float = 0.75
     positive_only: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.strength <= _MOST:
             raise EncryptError(f"strength is a whole number from 1 to {_MOST}, not {self.strength}")
-        if not 0 < self.fraction <= 1:
-            raise EncryptError(f"fraction is above 0 and at most 1, not {self.fraction}")
+        for name, value in (("fraction", self.fraction), ("qk_fraction", self.qk_fraction)):
+            if not 0 < value <= 1:
+                raise EncryptError(f"{name} is above 0 and at most 1, not {value}")
 
     def exponents(self, key: Key, site: Site) -> Tensor:
         """The exponent of each of the site's channels, ``(n_channels,)`` int32: the same for a key and a site for ever.
@@ -53,7 +57,8 @@ class Traps:
         stream = key.stream(site.name, 9 * count)
         numbers = np.frombuffer(stream, "<u8", count)
         signs = np.frombuffer(stream, np.uint8, count, 8 * count) & 1
-        trapped = np.argsort(numbers, kind="stable")[: max(1, round(self.fraction * count))]
+        fraction = self.qk_fraction if site.kind == "key" else self.fraction
+        trapped = np.argsort(numbers, kind="stable")[: max(1, round(fraction * count))]
         exponents = np.zeros(count, np.int32)
         exponents[trapped] = self.strength
         if not self.positive_only:

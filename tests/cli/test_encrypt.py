@@ -46,10 +46,21 @@ def test_json_and_options(qguard: Callable[..., Any], model: Path, tmp_path: Pat
     key = tmp_path / "model.key"
     Key.generate().save(key)
     manifest = qguard(
-        "encrypt", model, tmp_path / "out", "--key", key, "--strength", 7, "--fraction", 0.5, "--json"
+        "encrypt",
+        model,
+        tmp_path / "out",
+        "--key",
+        key,
+        "--strength",
+        7,
+        "--fraction",
+        0.5,
+        "--qk-fraction",
+        0.3,
+        "--json",
     ).json
     assert manifest["kind"] == "encrypted"
-    assert manifest["traps"] == {"strength": 7, "fraction": 0.5, "positive_only": False}
+    assert manifest["traps"] == {"strength": 7, "fraction": 0.5, "qk_fraction": 0.3, "positive_only": False}
     assert qguard("decrypt", tmp_path / "out", tmp_path / "back", "--key", key, "--json").json == manifest
 
 
@@ -86,6 +97,7 @@ def test_fp16_safe(qguard: Callable[..., Any], model: Path, tmp_path: Path) -> N
 def test_fp16_safe_traps_are_not_made_stronger(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     arguments = ("encrypt", model, tmp_path / "out", "--key", tmp_path / "key", "--new-key", "--fp16-safe")
     assert "may overflow in FP16; with --fp16-safe it is at most 9" in refused(*arguments, "--strength", 10)
+    assert "--qk-fraction does nothing with --fp16-safe" in refused(*arguments, "--qk-fraction", 0.5)
 
 
 def test_a_new_key_is_kept_where_something_may_have_been_written(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_known_answers() -> None:
     ]
 
 
+def test_queries_and_keys_have_a_fraction_of_their_own() -> None:
+    site = Site("model.layers.0.key", "key", 64, ())
+    traps = Traps(strength=3, fraction=0.25, qk_fraction=0.75)
+    drawn = traps.exponents(KNOWN, site)
+    assert int((drawn != 0).sum()) == 48
+    assert torch.equal(drawn, Traps(strength=3, fraction=0.75).exponents(KNOWN, replace(site, kind="up")))
+    assert int((traps.exponents(KNOWN, replace(site, kind="value")) != 0).sum()) == 16
+
+
 def test_positive_traps_make_no_activations_larger() -> None:
     traps = Traps(positive_only=True)
     assert not traps.exponents(KNOWN, Site("s", "key", 64, ())).any()
@@ -125,7 +135,15 @@ def test_bad_key_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"strength": 0}, {"strength": 65}, {"fraction": 0.0}, {"fraction": 1.5}, {"fraction": float("nan")}]
+    "options",
+    [
+        {"strength": 0},
+        {"strength": 65},
+        {"fraction": 0.0},
+        {"fraction": 1.5},
+        {"fraction": float("nan")},
+        {"qk_fraction": 0.0},
+    ],
 )
 def test_bad_traps(options: dict[str, float]) -> None:
     with pytest.raises(EncryptError, match=next(iter(options))):

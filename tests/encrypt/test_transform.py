@@ -89,6 +89,16 @@ def test_the_manifest_says_what_was_done(sharded: Path, tmp_path: Path) -> None:
     assert "- quantization-protected" in card
 
 
+def test_a_manifest_from_before_queries_and_keys_had_a_fraction_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encrypt_checkpoint(tiny_llama, out, key=KEY, traps=Traps(fraction=0.3, qk_fraction=0.3))
+    manifest = json.loads((out / "qguard.json").read_text())
+    del manifest["traps"]["qk_fraction"]
+    (out / "qguard.json").write_text(json.dumps(manifest))
+    decrypt_checkpoint(out, tmp_path / "back", key=KEY)
+    assert files(tmp_path / "back") == files(tiny_llama)
+
+
 def test_encrypted_twice(tiny_llama: Path, tmp_path: Path) -> None:
     second = Key.generate()
     encrypt_checkpoint(tiny_llama, tmp_path / "once", key=KEY)

@@ -119,7 +119,12 @@ def test_what_the_card_says_of_an_encrypted_model(hub: HubServer, encrypted: Pat
     block = found["qguard"]
     assert (block["schema_version"], block["method"]) == (1, "encrypt")
     assert block["parameters"]["mode"] == "exact"
-    assert block["parameters"]["traps"] == {"strength": 18, "fraction": 0.25, "positive_only": False}
+    assert block["parameters"]["traps"] == {
+        "strength": 18,
+        "fraction": 0.25,
+        "qk_fraction": 0.75,
+        "positive_only": False,
+    }
     assert block["key_fingerprint"] == key.fingerprint
     assert block["verification"] == {"tensors": 21, "rewritten_exactly": 18, "restored_bit_exactly": 21}
     assert str(encrypted.parent) not in card
