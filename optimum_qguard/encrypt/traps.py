@@ -27,8 +27,8 @@ class Traps:
     Attributes:
         strength: a trapped channel's factor is ``2**strength`` or ``2**-strength``.
         fraction: which share of each site's channels is trapped; at least one channel is.
-        qk_fraction: the same for sites between queries and keys. They scale rows, and weight quantizers have scales for
-            each row; it is KV caches that notice them.
+        qk_fraction: the same for sites between queries and keys. They scale rows, for each of which most weight
+            quantizers have scales of their own; it is KV caches that notice them.
         positive_only: multiply columns only, and leave key sites alone, which multiply rows. Activations then never
             grow, so that FP16 inference does not overflow.
     """
