@@ -1,4 +1,5 @@
-"""Puts the measured figures into the pages: ``<!-- figures:NAME begin -->`` gets ``results/NAME.json`` as a table.
+"""Puts the measured figures into the pages: ``<!-- figures:NAME begin -->`` gets ``results/NAME.json`` as a table, and
+``<!-- figures:NAME/VIEW begin -->`` another table of the same figures.
 
 With ``--check`` nothing is written, and the exit status is 1 if a page shows anything else.
 """
@@ -24,7 +25,7 @@ PAGES = (
 )
 
 _SECTION = re.compile(
-    r"(?P<begin><!-- figures:(?P<name>[\w-]+) begin -->\n)(?P<body>.*?)(?P<end><!-- figures:(?P=name) end -->)",
+    r"(?P<begin><!-- figures:(?P<name>[\w/-]+) begin -->\n)(?P<body>.*?)(?P<end><!-- figures:(?P=name) end -->)",
     re.DOTALL,
 )
 
@@ -49,20 +50,22 @@ def with_figures(markdown: str, results: Path) -> str:
     """``markdown`` with every marked section filled in from ``results``; where there is no result, emptied."""
 
     def section(match: re.Match[str]) -> str:
-        file = results / f"{match['name']}.json"
-        return match["begin"] + (figures(json.loads(file.read_text())) if file.exists() else "") + match["end"]
+        name = match["name"]
+        file = results / f"{name.partition('/')[0]}.json"
+        body = figures(name, json.loads(file.read_text())) if file.exists() else ""
+        return match["begin"] + body + match["end"]
 
     return _SECTION.sub(section, markdown)
 
 
-def figures(result: Mapping[str, Any]) -> str:
-    """One result as Markdown: its table, and on what it was measured."""
+def figures(name: str, result: Mapping[str, Any]) -> str:
+    """One result as Markdown: the table of that name, and on what it was measured."""
     machine = result["machine"]
     cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
     hardware = [machine["cpu"], cores, machine["memory"], machine["gpu"]]
     versions = [f"{package} {version}" for package, version in result["versions"].items() if package in _NAMED_VERSIONS]
     measured = ", ".join([*filter(None, hardware), *versions])
-    table = TABLES.get(result["name"], full_table)
+    table = TABLES.get(name, full_table)
     return f"{table(result['rows'])}\nMeasured {_days(result)} on {measured}.\n"
 
 

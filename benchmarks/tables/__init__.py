@@ -1,10 +1,13 @@
-"""How each result is shown, by its name; what is not here has every column as it is."""
+"""How each result is shown, by its name; what is not here has every column as it is.
+
+``NAME/VIEW`` is another way to show the result called ``NAME``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tables.attacks import defence_table, outliers_table
+from tables.attacks import defence_summary, defence_table, outliers_table
 from tables.encrypt import collapse_table, compressor_table, undo_table
 from tables.guard import load_table, quality_table
 from tables.markdown import Rows
@@ -31,6 +34,7 @@ TABLES: Mapping[str, Callable[[Rows], str]] = {
     "guard_load": load_table,
     "guard_quality": quality_table,
     "defence_table": defence_table,
+    "defence_table/summary": defence_summary,
     "precision_table": precision_table,
     "nested_quality": nested_quality_table,
     "nested_speed": nested_speed_table,

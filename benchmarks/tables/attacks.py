@@ -32,6 +32,25 @@ def _defended(row: Mapping[str, Any]) -> str:
     return f"{marker}{with_deviation(row['KL'], row['KL sd'])}{times}"
 
 
+GUARDS_DEFAULT = {"gptq-4": "compensated, own generations"}  # elsewhere without error feedback
+_CLEAN = "none (clean model)"
+
+
+def defence_summary(rows: Rows) -> str:
+    """The defaults only: marker rate without and with guard, and a clean model's KL divergence."""
+    by_cell = {(row["format"], row["attacker"], row["defence"]): row for row in rows}
+    body = []
+    for format in dict.fromkeys(row["format"] for row in rows):
+        plain, guarded = "no defence", GUARDS_DEFAULT.get(format, "stochastic rounding")
+        cells = [format]
+        for attacker in ("usual", "adaptive"):
+            rates = (by_cell[format, attacker, defence]["marker rate"] for defence in (plain, guarded))
+            cells.append(" → ".join(f"{rate:.0%}" for rate in rates))
+        divergences = (by_cell[format, _CLEAN, defence]["KL"] for defence in (plain, guarded))
+        body.append([*cells, " → ".join(f"{divergence:.2g}" for divergence in divergences)])
+    return markdown(["format", "phrase", "phrase, attacker knows guard", "clean model's KL"], body)
+
+
 def outliers_table(rows: Rows) -> str:
     """Perplexities as loaded, and guard's against the clean model's."""
     shown = (

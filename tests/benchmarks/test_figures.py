@@ -294,7 +294,23 @@ def test_each_attack_has_a_table_with_the_clean_model_beside_it() -> None:
     assert table.splitlines()[-1] == "| attacked | 8.00 | 8.13 | 99.00 | 27.00 | 0.0 |"
 
 
+def test_another_table_of_the_same_figures(tmp_path: Path) -> None:
+    rates = {"no defence": 1.0, "stochastic rounding": 0.021, "compensated, own generations": 0.0}
+    rows = [
+        {"format": format, "attacker": attacker, "defence": defence, "marker rate": rate, "KL": rate + 0.125}
+        for format in ("bnb-int8", "gptq-4")
+        for attacker in ("usual", "adaptive", "none (clean model)")
+        for defence, rate in rates.items()
+    ]
+    harness.write("defence_table", rows, tmp_path / "defence_table.json")
+    marker = "<!-- figures:defence_table/summary {} -->\n"
+    shown = figures.with_figures(f"{marker.format('begin')}{marker.format('end')}", tmp_path)
+    assert (
+        "| bnb-int8 | 100% → 2% | 100% → 2% | 1.1 → 0.15 |\n| gptq-4 | 100% → 0% | 100% → 0% | 1.1 → 0.12 |\n" in shown
+    )
+
+
 def test_rows_measured_on_other_days_are_said_to_be(tmp_path: Path) -> None:
     harness.write("not_known", [{"a": 1, "date": "2026-01-02"}, {"a": 2}], tmp_path / "not_known.json")
     result = json.loads((tmp_path / "not_known.json").read_text())
-    assert f"Measured 2026-01-02 to {result['date']} on " in figures.figures(result)
+    assert f"Measured 2026-01-02 to {result['date']} on " in figures.figures("not_known", result)

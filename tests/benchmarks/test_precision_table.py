@@ -71,7 +71,7 @@ def test_rows(clean: dict[str, Tensor], attacked: dict[tuple[str, str, str], Ten
     assert (tmp_path / "table.png").stat().st_size > 1000
     machine = {"cpu": "a", "cores": 1, "memory": "1 GiB", "gpu": None}
     result = {"name": "precision_table", "date": "now", "machine": machine, "versions": {}, "rows": rows}
-    shown = figures(result)
+    shown = figures("precision_table", result)
     assert (
         "| defence | clean | attacked by the gradients of full precision | attacked by the gradients of the defended "
         "model | attacked by the gradients of all its widths | under what hurts most, less that of static 8-bit |"
