@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
@@ -31,20 +30,16 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_qguard.checkpoint.hub import commit_of
 from optimum_qguard.checkpoint.protection import UNLOCKED, protection_of
-from optimum_qguard.formats import Format, Scratch, WeightError
+from optimum_qguard.formats import WeightError
 from optimum_qguard.guard.architecture import refuse_protected
-from optimum_qguard.guard.backends import backend_of, require
-from optimum_qguard.guard.compensation import hand_over
+from optimum_qguard.guard.backends import backend_of
 from optimum_qguard.guard.config import QUANT_METHOD, QGuardConfig
 from optimum_qguard.guard.errors import QGuardConfigError, QGuardError
 from optimum_qguard.guard.global_noise import global_half_width
 from optimum_qguard.guard.load_checks import check_files, is_quantized, not_loaded
-from optimum_qguard.guard.noise import Draw, Method, draw, half_width
-from optimum_qguard.guard.outliers import clip_outliers
 from optimum_qguard.guard.prerounding import Prerounding, full_precision
-from optimum_qguard.guard.random import RandomStream, fresh_seed
-from optimum_qguard.guard.rebalance import Rescaling, find_balanced_outliers, rescaled_channels
-from optimum_qguard.guard.report import GuardReport, TensorReport
+from optimum_qguard.guard.randomizer import Randomizer
+from optimum_qguard.guard.rebalance import find_balanced_outliers
 from optimum_qguard.guard.saving import push_with_report, save_with_report
 
 build_quantizer = AutoHfQuantizer.from_config
@@ -56,31 +51,10 @@ class Guard:
     def __init__(self, config: QGuardConfig, quantizer: Any) -> None:
         self._config = config
         self._inner = quantizer.quantization_config
-        self._backend = backend_of(self._inner)
-        require(self._backend)
+        self._weights = Randomizer(config, self._inner)
+        self._backend = self._weights.backend
         self._quantizer = quantizer
-        self._seed = fresh_seed() if config.seed is None else int(config.seed)
-        self._global_amplitude: float | None = None
-        self._scratch = Scratch()
-        self._rescalings: dict[str, list[Rescaling]] = {}
-        self._expected: set[str] = set()
-        self._tensors: dict[str, TensorReport] = {}
-        self._mended: dict[str, int] = {}
         self._failure: QGuardError | None = None
-        self._keeps_symbols = self._backend.keeps_symbols(self._inner)
-        if config.method == "stochastic" and not self._keeps_symbols:
-            raise QGuardConfigError(
-                f"{type(self._inner).__name__} has no grid that guard knows beforehand, so there is nothing to round "
-                "to: use method='auto' or 'gaussian'"
-            )
-        self._prerounding: Prerounding | None = None
-        if config.compensate is not None:
-            if not self._keeps_symbols:
-                raise QGuardConfigError(
-                    f"{type(self._inner).__name__} has no grid that guard knows beforehand, so errors cannot be "
-                    "compensated on it: leave compensate None"
-                )
-            self._prerounding = Prerounding(config.compensate, self._seed)
         self._originals = {name: getattr(quantizer, name) for name in ("preprocess_model", "postprocess_model")}
         if not self._backend.calibrates:
             self._originals["get_quantize_ops"] = quantizer.get_quantize_ops
@@ -103,26 +77,26 @@ class Guard:
             return
         self._raise_after_loading(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self._expected = {name for name in names if self._is_quantized_on_load(model, name)}
+        self._weights.expected = {name for name in names if self._is_quantized_on_load(model, name)}
         if self._config.outlier_threshold is not None:
             model_type = model.config.get_text_config().model_type
-            self._rescalings = find_balanced_outliers(files or (), model_type, self._expected)
+            self._weights.rescalings = find_balanced_outliers(files or (), model_type, self._weights.expected)
         if self._config.noise == "global":
             try:
-                self._global_amplitude = global_half_width(
-                    model, files, self._quantizer, self._expected, self._half_width
+                self._weights.global_amplitude = global_half_width(
+                    model, files, self._quantizer, self._weights.expected, self._weights.half_width
                 )
             except WeightError as error:
                 raise not_loaded(error) from error
-        if self._prerounding is not None:
-            self._preround_before_loading(model, self._prerounding, **kwargs)
+        if self._weights.prerounding is not None:
+            self._preround_before_loading(model, self._weights.prerounding, **kwargs)
 
     def _preround_before_loading(
         self, model: Any, prerounding: Prerounding, dtype: Any, device_map: Any, checkpoint_files: Any, **_: Any
     ) -> None:
         """Choose all symbols in the first method that transformers calls once the skeleton is done: before that, what
         it builds is on the meta device."""
-        formats = {name: self._format(model, name)[1] for name in sorted(self._expected)}
+        formats = {name: self._weights.format_of(model, name) for name in sorted(self._weights.expected)}
         for name, format in formats.items():
             if not format.fixed_for(dtype):
                 way_out = "load with dtype=torch.float32, or " if format.fixed_for(torch.float32) else ""
@@ -136,7 +110,7 @@ class Guard:
             del model._get_dtype_plan
             try:
                 full = full_precision(model, checkpoint_files, dtype, device_map)
-                self._mend(full)
+                self._weights.mend(full)
                 prerounding.run(full, formats)
             except (WeightError, QGuardError) as error:
                 raise not_loaded(error) from error
@@ -172,23 +146,24 @@ class Guard:
         self._quantizer.postprocess_model(model, **kwargs)
         if self._backend.calibrates:
             self._backend.forget_samples(self._quantizer, model)
-            self._expected |= {f"{name}.weight" for name in self._backend.calibrated_modules(model)}
-        missed = sorted(name for name in self._expected - self._tensors.keys() if is_quantized(model, name))
+            self._weights.expected |= {f"{name}.weight" for name in self._backend.calibrated_modules(model)}
+        unseen = self._weights.expected - self._weights.tensors.keys()
+        missed = sorted(name for name in unseen if is_quantized(model, name))
         if missed:
             raise QGuardError(
                 f"the model was not loaded: {len(missed)} tensor(s) were quantized without guard, the first "
                 f"{missed[0]}; please report this with the model's name"
             )
-        if not self._tensors:
+        if not self._weights.tensors:
             raise QGuardError(
                 f"the model was not loaded: {type(self._inner).__name__} quantized none of its tensors, so there is "
                 "nothing to guard; load it without QGuardConfig, or check modules_to_not_convert"
             )
-        self._rescale_norms(model)
-        model.qguard_report = self._report(model)
+        self._weights.rescale_norms(model)
+        model.qguard_report = self._weights.report(model)
         model.qguard_report.warn_if_clipped()
-        if self._prerounding is not None:
-            self._prerounding.close()
+        if self._weights.prerounding is not None:
+            self._weights.prerounding.close()
         # Not a method of the instance: that would be looked up by name when the model is unpickled.
         model.save_pretrained = partial(save_with_report, model)
         model.push_to_hub = partial(push_with_report, model)
@@ -202,8 +177,8 @@ class Guard:
             guarded = {}
             for name in names:
                 value = tensors.pop(name)
-                if name in self._expected or self._is_quantized_on_load(model, name):
-                    weight = self._randomize(model, name, value[0] if isinstance(value, list) else value)
+                if name in self._weights.expected or self._is_quantized_on_load(model, name):
+                    weight = self._weights.randomize(model, name, value[0] if isinstance(value, list) else value)
                     value = [weight] if isinstance(value, list) else weight
                 guarded[name] = value
             return operation(guarded)
@@ -220,7 +195,7 @@ class Guard:
     def _guard_loaded(self, model: Any) -> None:
         modules = self._backend.modules_to_calibrate(self._inner, self._quantizer, model)
         weights: dict[str, Any] = {f"{name}.weight": module.weight for name, module in modules.items()}
-        self._expected = set(weights)
+        self._weights.expected = set(weights)
         offloaded = next((name for name, weight in weights.items() if weight.is_meta), None)
         if offloaded is not None:
             raise QGuardError(
@@ -228,119 +203,19 @@ class Guard:
                 "calibrated; load the model without offloading"
             )
         try:
-            if self._config.leaves_all_open and self._keeps_symbols and model.can_generate():
-                self._prerounding = Prerounding("auto", self._seed)
-            if self._prerounding is not None:
-                self._mend(model)
-                self._prerounding.run(model, {name: self._format(model, name)[1] for name in weights})
+            if self._config.leaves_all_open and self._weights.keeps_symbols and model.can_generate():
+                self._weights.preround_on("auto")
+            if self._weights.prerounding is not None:
+                self._weights.mend(model)
+                self._weights.prerounding.run(model, {name: self._weights.format_of(model, name) for name in weights})
             if self._config.noise == "global":
-                self._global_amplitude = median(
-                    self._half_width(model, name, weight.data) for name, weight in weights.items()
+                self._weights.global_amplitude = median(
+                    self._weights.half_width(model, name, weight.data) for name, weight in weights.items()
                 )
             for name, weight in weights.items():
-                weight.data = self._randomize(model, name, weight.data)
+                weight.data = self._weights.randomize(model, name, weight.data)
         except (WeightError, QGuardError) as error:
             raise not_loaded(error) from error
-
-    @torch.no_grad()
-    def _mend(self, model: nn.Module) -> None:
-        """Clip in the full-precision model what will be clipped on the way to the quantizer: symbols are to be chosen
-        for the same weights, and samples to see them."""
-        if self._config.outlier_threshold is None:
-            return
-        for name, parameter in model.named_parameters():
-            if name in self._expected and not parameter.is_meta:
-                module, format = self._format(model, name)
-                transposed = isinstance(module, Conv1D)
-                weight, clipped = self._clip(parameter.data.T if transposed else parameter.data, format, name)
-                parameter.data = weight.T if transposed else weight
-                self._mended[name] = clipped
-        self._rescale_norms(model)
-
-    def _rescale_norms(self, model: nn.Module) -> None:
-        """The other half of what `_clip` does to the weights that are quantized."""
-        for name in self._rescalings.keys() - self._expected:
-            parameter = model.get_parameter(name)
-            if parameter.is_meta:
-                raise QGuardError(
-                    f"the model was not loaded: {name} must be rescaled to undo planted outliers, and is offloaded; "
-                    "load the model without offloading, or with clip_outliers=None"
-                )
-            for rescaling in self._rescalings[name]:
-                parameter.data.copy_(rescaling.apply(parameter.data))
-
-    def _randomize(self, model: nn.Module, name: str, value: Tensor) -> Tensor:
-        module, format = self._format(model, name)
-        weight, clipped = self._clip(value.T if self._backend.is_transposed(module) else value, format, name)
-        drawn, method = self._draw(weight, format, name)
-        self._tensors[name] = TensorReport(
-            name=name,
-            format=str(format),
-            method=method,
-            amplitude=drawn.amplitude,
-            weights=weight.numel(),
-            share_changed=drawn.share_changed,
-            sampled=drawn.sampled,
-            clipped=max(clipped, self._mended.get(name, 0)),  # in place, if it was mended already
-            rescaled=rescaled_channels(self._rescalings.get(name, ())),
-        )
-        return drawn.weight.T if self._backend.is_transposed(module) else drawn.weight
-
-    def _draw(self, weight: Tensor, format: Format, name: str) -> tuple[Draw, Method | Literal["compensated"]]:
-        dtype = self._backend.handover_dtype(self._inner, weight)
-        codes = None if self._prerounding is None else self._prerounding.codes(name, weight)
-        if codes is not None:
-            return hand_over(weight, format, codes, dtype=dtype, name=name), "compensated"
-        method, per_cell = self._config.method_for(
-            known=self._backend.exact and not self._backend.calibrates and format.fixed_for(weight.dtype),
-            estimated=not self._backend.exact,
-        )
-        # Per layer and per cell there is none yet: `draw` takes half-widths of its own.
-        base = self._global_amplitude if isinstance(self._config.noise, str) else float(self._config.noise)
-        drawn = draw(
-            weight,
-            format,
-            method,
-            RandomStream(self._seed, name, self._scratch),
-            amplitude=None if method == "stochastic" or base is None else base * self._config.multiplier,
-            half_widths=self._config.multiplier,
-            per_cell=per_cell,
-            dtype=dtype,
-            name=name,
-            scratch=self._scratch,
-        )
-        return drawn, method
-
-    def _format(self, model: nn.Module, name: str) -> tuple[nn.Module, Format]:
-        module = model.get_submodule(name.rpartition(".")[0])
-        return module, self._backend.format_of(self._inner, module, name)
-
-    def _half_width(self, model: nn.Module, name: str, value: Tensor) -> float:
-        module, format = self._format(model, name)
-        weight, _ = self._clip(value.T if self._backend.is_transposed(module) else value, format, name)
-        return half_width(weight, format, name)
-
-    def _clip(self, weight: Tensor, format: Format, name: str) -> tuple[Tensor, int]:
-        for rescaling in self._rescalings.get(name, ()):
-            weight = rescaling.apply(weight)
-        threshold = self._config.outlier_threshold
-        return (weight, 0) if threshold is None else clip_outliers(weight, format, threshold, self._scratch)
-
-    def _report(self, model: Any) -> GuardReport:
-        return GuardReport(
-            model=str(model.name_or_path),
-            revision=getattr(model.config, "_commit_hash", None),
-            method=self._config.method,
-            noise=self._config.noise,
-            multiplier=self._config.multiplier,
-            seed=f"{self._seed:064x}",
-            fresh_seed=self._config.seed is None,
-            samples=None if self._prerounding is None else self._prerounding.report,
-            quantization_config=_json_safe(
-                {key: value for key, value in self._inner.to_dict().items() if key not in ("dataset", "tokenizer")}
-            ),
-            tensors=[self._tensors[name] for name in sorted(self._tensors)],
-        )
 
 
 class _GuardedQuantize(ConversionOps):  # type: ignore[misc]
@@ -387,14 +262,6 @@ def register() -> None:
         return merge(quantization_config, quantization_config_from_args)
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_unless_guarded)
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 register()

@@ -47,6 +47,15 @@ def test_encrypted_checkpoints_are_recognised(name: str, tmp_path: Path) -> None
     assert scanned(encrypted, full=True).verdict == "suspicious"
 
 
+@pytest.mark.parametrize("strength", [0, -9, 10**400, 1e300, "9", None, True])
+def test_a_strength_that_cannot_be_is_not_believed(tiny_llama: Path, tmp_path: Path, strength: Any) -> None:
+    encrypt_checkpoint(tiny_llama, tmp_path / "out", key=KEY, traps=Traps(9))
+    manifest = json.loads((tmp_path / "out" / "qguard.json").read_text())
+    manifest["traps"]["strength"] = strength
+    (tmp_path / "out" / "qguard.json").write_text(json.dumps(manifest))
+    assert "not what its qguard.json says" in scanned(tmp_path / "out").findings[0].message
+
+
 def test_all_kinds_of_site_are_seen(tmp_path: Path) -> None:
     plain, encrypted = tmp_path / "plain", tmp_path / "encrypted"
     save_random(CASES["llama"], plain, torch.bfloat16)

@@ -40,6 +40,7 @@ _NAMES = {
 _ALIKE = 0.75  # octaves from the median, of factors that are the same
 _MOST = 0.8
 _EXACT = 0.1
+_STRONGEST = 64  # octaves, that any encryption has
 
 
 @register
@@ -91,28 +92,39 @@ class Reparameterization(Detector):
 
 
 def _judge(factors: Octaves, kinds: Iterable[str], subject: Subject) -> tuple[Severity, str]:
-    where = "; ".join(_NAMES[kind] for kind in kinds)
+    seen = (
+        "Channels are scaled one way where they are computed, and the other way where they are read, by {} "
+        f"({'; '.join(_NAMES[kind] for kind in kinds)})"
+    )
+    claimed = _claimed_strength(subject)
+    if claimed is not None and _are_all(factors, claimed):
+        seen = seen.format(f"2**{claimed}")
+        return "note", f"{seen}: the checkpoint is encrypted, as its qguard.json says, and breaks when quantized."
     common = float(np.median(factors))
     alike = factors[np.abs(factors - common) <= _ALIKE]
     same = len(alike) >= _MOST * len(factors)
     common = float(alike.mean()) if same else common
     exact = same and abs(common - round(common)) <= _EXACT
     by = f"2**{round(common)}" if exact else f"about {2**common:.3g}" if same else f"up to {2 ** factors.max():.3g}"
-    seen = (
-        f"Channels are scaled one way where they are computed, and the other way where they are read, by {by} ({where})"
-    )
-    if claims_protection(subject) and exact and _is_strength(common, subject):
-        return "note", f"{seen}: the checkpoint is encrypted, as its qguard.json says, and breaks when quantized."
+    seen = seen.format(by)
     if claims_protection(subject):
         return "warning", f"{seen}, which is not what its qguard.json says; it breaks when quantized."
     return "warning", f"{seen}: it looks encrypted or sabotaged, the same at full precision but broken when quantized."
 
 
-def _is_strength(octaves: float, subject: Subject) -> bool:
-    """Whether the manifest says that strength; where all channels are scaled the median one is, so others by twice."""
+def _claimed_strength(subject: Subject) -> int | None:
+    """In octaves, of a checkpoint that says that it is encrypted."""
     traps = subject.manifest.get("traps")
-    strength = traps.get("strength") if isinstance(traps, dict) else None
-    return isinstance(strength, int) and any(abs(octaves - times * strength) <= _EXACT for times in (1, 2))
+    strength = traps.get("strength") if claims_protection(subject) and isinstance(traps, dict) else None
+    return strength if isinstance(strength, int) and 0 < strength <= _STRONGEST else None
+
+
+def _are_all(factors: Octaves, strength: int) -> bool:
+    """Whether they are of that strength, or twice that: where most of a site's channels are scaled the median one is,
+    and those that are scaled the other way are as far again from it."""
+    off = factors - strength * np.where(factors > 1.5 * strength, 2, 1)
+    alike = off[np.abs(off) <= _ALIKE]
+    return len(alike) >= _MOST * len(factors) and abs(float(alike.mean())) <= _EXACT
 
 
 @dataclass
@@ -172,9 +184,10 @@ def _unbalanced(site: SiteSizes) -> tuple[NDArray[np.int64], Octaves, int]:
     known = (np.isfinite(site.computed) & np.isfinite(site.read)).nonzero()[0]
     if len(known) == 0:
         return known, np.zeros(0, np.float32), 0
-    computed, read = (each[known] - np.float32(median(each[known])) for each in (site.computed, site.read))
-    octaves = np.abs(read - computed) / 2
-    chosen = (octaves >= min(_FEW)) & (np.abs(read + computed) <= octaves / 2)
+    computed, read = site.computed[known], site.read[known]
+    halves, products = (each - np.float32(median(each)) for each in ((read - computed) / 2, read + computed))
+    octaves = np.abs(halves)
+    chosen = (octaves >= min(_FEW)) & (np.abs(products) <= octaves / 2)
     return known[chosen], octaves[chosen], len(known)
 
 
