@@ -19,8 +19,8 @@ from optimum_qguard.formats.gptq import GPTQ
 from optimum_qguard.guard.backends.gptq import GPTQModel
 from optimum_qguard.guard.errors import QGuardConfigError
 from optimum_qguard.guard.noise import draw
-from optimum_qguard.guard.quantizer import Guard
 from optimum_qguard.guard.random import RandomStream
+from optimum_qguard.guard.randomizer import Randomizer
 
 pytest.importorskip("gptqmodel")
 pytestmark = pytest.mark.slow
@@ -92,8 +92,8 @@ def test_gptq_keeps_the_symbols_that_guard_chose(
         handed[name] = drawn.weight
         return drawn, method
 
-    original = Guard._draw
-    monkeypatch.setattr(Guard, "_draw", note)
+    original = Randomizer._draw
+    monkeypatch.setattr(Randomizer, "_draw", note)
     arguments = {"bits": 4, "sym": True} | {key: value for key, value in options.items() if key != "method"}
     inner = GPTQConfig(**arguments, group_size=GROUP, dataset=samples())
     model = load(folder, QGuardConfig(inner, method=options.get("method", "auto"), seed=3))

@@ -16,7 +16,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import Bnb8bitQuantize
 
 from optimum_qguard import QGuardConfig, QGuardError, QGuardInt8Config
-from optimum_qguard.guard import backends, quantizer
+from optimum_qguard.guard import backends, quantizer, randomizer
 from optimum_qguard.guard.backends import preset
 from optimum_qguard.guard.errors import QGuardConfigError
 
@@ -62,14 +62,14 @@ def test_noise_that_raises_inside_the_conversion(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    original = quantizer.draw
+    original = randomizer.draw
 
     def draw(*args: Any, name: str, **kwargs: Any) -> Any:
         if name == TENSOR:
             raise error
         return original(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(quantizer, "draw", draw)
+    monkeypatch.setattr(randomizer, "draw", draw)
     message = refused(tiny_llama, QGuardConfig(library_config(library)), capfd)
     assert message.startswith("the model was not loaded: ")
     assert TENSOR in message
