@@ -102,7 +102,9 @@ def group_size_of(columns: int, group_size: int | None) -> int:
 
 
 def check_weight(weight: Tensor) -> None:
-    """Raise `PrecisionError` for weights that `encode` cannot take: not finite, or beyond 1e38."""
+    """Raise `PrecisionError` for weights that `encode` cannot take: none at all, not finite, or beyond 1e38."""
+    if weight.numel() == 0:
+        raise PrecisionError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize: give its layer null")
     largest = weight.abs().max()
     if not largest.isfinite():
         raise PrecisionError("weights that are not finite cannot be quantized; the checkpoint is damaged")

@@ -38,6 +38,7 @@ def test_the_ratio_is_what_was_asked_for(qguard: Callable[..., Any], model: Path
     result = qguard("attack", "weight-noise", model, tmp_path / "out", *options, "--json")
     assert result.err == ""
     assert result.json["ratio"] == pytest.approx(1.2, rel=0.0101)
+    assert result.json["tokens"] == 64
     assert qguard("attack", "weight-noise", model, tmp_path / "again", *options).code == 0
     tokenizer = AutoTokenizer.from_pretrained(model)
     measured = [
@@ -49,6 +50,13 @@ def test_the_ratio_is_what_was_asked_for(qguard: Callable[..., Any], model: Path
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(result.json["tensors"]) == {name for name in before if "proj" in name}
+
+
+def test_a_text_shorter_than_was_asked_for_is_said_to_be(
+    qguard: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    options = ["--ratio", "1.2", "--dataset", tmp_path / "text.txt", "--tokens", "200"]
+    assert "on 100 tokens" in qguard("attack", "weight-noise", model, tmp_path / "out", *options).out
 
 
 @pytest.mark.parametrize(

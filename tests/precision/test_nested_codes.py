@@ -138,6 +138,12 @@ def test_not_finite(value: float, dtype: torch.dtype) -> None:
         check_weight(weight)
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
+def test_no_weights(shape: tuple[int, int]) -> None:
+    with pytest.raises(PrecisionError, match="nothing to quantize: give its layer null"):
+        check_weight(torch.zeros(shape))
+
+
 def test_too_large() -> None:
     with pytest.raises(PrecisionError, match="near the largest BF16 number"):
         check_weight(torch.tensor([[-3e38, 3e38] * 8]))

@@ -54,6 +54,7 @@ def command(
         loaded = model_class(reader)[1].from_pretrained(reader.folder, dtype="auto")
         stored = _stored(loaded, reader)
         window = min(_WINDOW, getattr(loaded.config, "max_position_embeddings", None) or _WINDOW)
+        tokens = min(tokens, len(tokenizer(text)["input_ids"]))
         options = {"max_tokens": tokens, "window": window, "stride": max(1, window // 4)}
         noise = add_weight_noise(loaded, lambda noisy: perplexity(noisy, tokenizer, text, **options), ratio, seed=seed)
         transform_checkpoint(
@@ -63,12 +64,12 @@ def command(
             overwrite=overwrite,
         )
     if as_json:
-        print_json({"output": str(out), **asdict(noise)})
+        print_json({"output": str(out), "tokens": tokens, **asdict(noise)})
         return
     results().print(
         f"Noise of standard deviation {noise.sigma:.4g} on {len(noise.tensors)} tensors: perplexity "
         f"{noise.clean * noise.ratio:.2f}, {noise.ratio:.4f} times the clean {noise.clean:.2f} "
-        f"({len(noise.measured)} measurements). Written to {out}.",
+        f"({len(noise.measured)} measurements on {tokens} tokens). Written to {out}.",
         soft_wrap=True,
     )
 
