@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from optimum_qguard.checkpoint import CheckpointReader
+from optimum_qguard.checkpoint.spelling import spellings
 from optimum_qguard.guard.errors import QGuardError
 
 
@@ -60,11 +61,9 @@ def names_in_model(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """What the model's parameters are called in it, by the checkpoint's names, which may lack the prefix of the base
     model (GPT-2's do) or have it where the model has none. Tensors that are merged on loading are left out."""
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = f"{model.base_model_prefix}."
     found = {}
     for name in reader.tensors:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        if (match := next((each for each in candidates if each in own), None)) is not None:
+        if (match := next((each for each in spellings(name, model) if each in own), None)) is not None:
             found[name] = match
     return found
 

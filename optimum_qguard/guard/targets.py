@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_qguard.checkpoint import CheckpointReader, TensorInfo
+from optimum_qguard.checkpoint.spelling import spellings
 from optimum_qguard.formats import Format, format_names, get_format
 from optimum_qguard.formats.gguf_mixture import FILE_TYPES, ModelShape, gguf_name, tensor_type
 from optimum_qguard.guard.architecture import skeleton
@@ -102,14 +103,11 @@ class _Modules:
 
     def __init__(self, model: Any) -> None:
         self._by_name: dict[str, nn.Module] = dict(model.named_modules())
-        self._prefix = f"{model.base_model_prefix}."
+        self._model = model
 
     def of(self, tensor: str) -> nn.Module | None:
         stem = tensor.rpartition(".")[0]
-        for name in (stem, self._prefix + stem, stem.removeprefix(self._prefix)):
-            if name in self._by_name:
-                return self._by_name[name]
-        return None
+        return next((self._by_name[name] for name in spellings(stem, self._model) if name in self._by_name), None)
 
 
 def _linear_tensors(reader: CheckpointReader) -> list[tuple[str, TensorInfo, nn.Module]]:

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_qguard.checkpoint.spelling import spellings
 from optimum_qguard.precision.bitmap import BitMap
 from optimum_qguard.precision.errors import PrecisionError
 from optimum_qguard.precision.linears import oriented
@@ -131,11 +132,10 @@ def _check_files(model: Any, files: Sequence[str]) -> None:
     for file in files:
         with safe_open(file, "pt") as tensors:
             there.update(tensors.keys())
-    prefix = f"{model.base_model_prefix}."
     for name, layer in nested_layers(model).items():
         for tensor in layer.state_dict():
             full = f"{name}.{tensor}"
-            if there.isdisjoint((full, prefix + full, full.removeprefix(prefix))):
+            if there.isdisjoint(spellings(full, model)):
                 raise PrecisionError(f"the checkpoint says that it is nested, but lacks {full}; get it again")
 
 

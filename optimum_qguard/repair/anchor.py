@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from optimum_qguard.checkpoint import CheckpointReader, open_checkpoint
 from optimum_qguard.checkpoint.mapped import map_tensor
+from optimum_qguard.checkpoint.spelling import spellings
 from optimum_qguard.formats.scratch import CHUNK_WEIGHTS
 from optimum_qguard.repair.errors import RepairError
 from optimum_qguard.repair.merged import Stored, merged_tensors
@@ -262,11 +263,9 @@ def _architectures(reader: CheckpointReader, model: Any) -> str:
 def _stored(reader: CheckpointReader, model: Any, names: Collection[str]) -> dict[str, Stored]:
     """Where the model's parameters are in a checkpoint, as far as they are there: under their own names, with or
     without the base model's prefix, or as transformers would make them while loading."""
-    prefix = getattr(model, "base_model_prefix", "")
     found = {}
     for name in names:
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        stored = next((candidate for candidate in candidates if candidate in reader), None)
+        stored = next((each for each in spellings(name, model) if each in reader), None)
         if stored is not None:
             found[name] = Stored((stored,))
     missing = [name for name in names if name not in found]

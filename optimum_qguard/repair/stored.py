@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from optimum_qguard.checkpoint import CheckpointReader
+from optimum_qguard.checkpoint.spelling import spellings
 from optimum_qguard.repair.errors import RepairError
 
 
@@ -28,10 +29,9 @@ def stored_tensors(model: Any, reader: CheckpointReader) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     state: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
-    prefix = f"{model.base_model_prefix}."
     found, elsewhere = {}, {}
     for name, tensor in state.items():
-        names = (name, name.removeprefix(prefix), prefix + name)
+        names = spellings(name, model)
         stored = next((each for each in names if each in reader and reader.tensors[each].shape == tensor.shape), None)
         if stored is None:
             elsewhere[name] = tensor

@@ -185,9 +185,9 @@ def _unbalanced(site: SiteSizes) -> tuple[NDArray[np.int64], Octaves, int]:
     if len(known) == 0:
         return known, np.zeros(0, np.float32), 0
     computed, read = site.computed[known], site.read[known]
-    halves, products = (each - np.float32(median(each)) for each in ((read - computed) / 2, read + computed))
-    octaves = np.abs(halves)
-    chosen = (octaves >= min(_FEW)) & (np.abs(products) <= octaves / 2)
+    difference, product = read - computed, read + computed
+    octaves = np.abs(difference - np.float32(median(difference))) / 2
+    chosen = (octaves >= min(_FEW)) & (np.abs(product - np.float32(median(product))) <= octaves / 2)
     return known[chosen], octaves[chosen], len(known)
 
 
