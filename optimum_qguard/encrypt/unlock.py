@@ -159,36 +159,47 @@ class _File:
         tensor: Tensor = self._file.get_tensor(name)
         mixed = self._report.mixed.get(name)
         if mixed is not None:
-            check_digest(Path(self._report.model), name, _digest(tensor), mixed.digest)
-        if name in self._changes:
-            # Another reader of the same file may get the same memory.
-            tensor = self._undone(name, tensor.clone(), 0)
-        if mixed is None:
-            check_digest(Path(self._report.model), name, _digest(tensor), self._report.tensors[name])
+            self._check(name, blake3(_bytes(tensor)), mixed.digest)
+            return self._undone(name, tensor, 0)
+        digest = blake3()
+        tensor = self._undone(name, tensor, 0, digest)
+        self._check(name, digest, self._report.tensors[name])
         return tensor
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """A range of rows, not checked unless all of the tensor is needed for them."""
         if name in self._report.mixed:
             return self.get_tensor(name)[rows]
-        tensor: Tensor = self._file.get_slice(name)[rows]
-        return self._undone(name, tensor.clone(), rows.start or 0) if name in self._changes else tensor
+        return self._undone(name, self._file.get_slice(name)[rows], rows.start or 0)
 
-    def _undone(self, name: str, rows: Tensor, start: int) -> Tensor:
-        change = self._changes[name]
+    def _undone(self, name: str, rows: Tensor, start: int, digest: Any = None) -> Tensor:
+        """Decrypted, in memory of its own (another reader of the same file may get the same), a few rows at a time,
+        so that each is in the processor's cache from copying to hashing."""
+        change = self._changes.get(name)
+        if change is None:
+            if digest is not None:
+                digest.update(_bytes(rows))
+            return rows
         try:
             if change.mixes:
-                return change.apply(rows, start, inverse=True)
+                return change.apply(rows.clone(), start, inverse=True)
+            undone = torch.empty_like(rows, device=rows.device)
             step = max(1, _WEIGHTS_AT_A_TIME * len(rows) // max(rows.numel(), 1))
-            for at in range(0, len(rows), step):
-                change.apply(rows[at : at + step], start + at, inverse=True)
+            for piece, own in zip(rows.split(step), undone.split(step), strict=True):
+                change.apply(own.copy_(piece), start, inverse=True)
+                start += len(own)
+                if digest is not None:
+                    digest.update(_bytes(own))
         except InexactError as error:
             raise changed_since(Path(self._report.model), name) from error
-        return rows
+        return undone
+
+    def _check(self, name: str, digest: Any, expected: str) -> None:
+        check_digest(Path(self._report.model), name, str(digest.hexdigest()), expected)
 
 
-def _digest(tensor: Tensor) -> str:
-    return str(blake3(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest())
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class _Slice:
