@@ -112,7 +112,7 @@ def write(name: str, rows: Sequence[Row], output: Path, sections: Mapping[str, o
     """
     result = {
         "name": name,
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": today(),
         "machine": machine(),
         "versions": versions(),
         "rows": [dict(row) for row in rows],
@@ -122,6 +122,11 @@ def write(name: str, rows: Sequence[Row], output: Path, sections: Mapping[str, o
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     partial.replace(output)
+
+
+def today() -> str:
+    """UTC."""
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def day_of(files: Iterable[Path]) -> str:

@@ -6,7 +6,6 @@ own; README.md beside it says how to make one.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from datasets import Dataset
-from harness import RESULTS, argument_parser, print_table, write
+from harness import RESULTS, argument_parser, earlier_rows, print_table, today, write
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -70,7 +69,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     original = smollm2_path()
     judge = Judge(original, arguments.tokens, arguments.samples, arguments.sample_tokens)
-    kept = json.loads(arguments.output.read_text())["rows"] if arguments.resume else []
+    kept = earlier_rows(arguments.output) if arguments.resume else []
     rows = [row for row in kept if row["recipe"] not in arguments.recipes]
     with tempfile.TemporaryDirectory() as folder:
         encrypted = Path(folder) / "encrypted"
@@ -80,7 +79,7 @@ def main() -> None:
             for name, model in (("original", original), ("encrypted", encrypted)):
                 start = time.perf_counter()
                 row |= {name: judge.kl(model, recipe), f"{name} s": time.perf_counter() - start}
-            rows.append(row)
+            rows.append({**row, "date": today()})
             rows.sort(key=lambda row: list(RECIPES).index(row["recipe"]))
             write("llm_compressor", rows, arguments.output)
     print_table(rows)

@@ -7,14 +7,13 @@ after the same recipe in the same quantizer. Where the two are near each other, 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from divergence import KEY, STRONG_A, Reference, divergence_parser
-from harness import print_table, write
+from harness import earlier_rows, print_table, today, write
 
 from optimum_qguard.attacks.fine_tuning import fine_tune_checkpoint
 from optimum_qguard.attacks.rebalance import rebalance_checkpoint
@@ -57,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """All rows, written as they come."""
     reference = Reference(arguments.model, arguments.tokens, arguments.device)
     text = standard_library_text(_TEXT_CHARACTERS, "training")
-    kept = json.loads(arguments.output.read_text())["rows"] if arguments.resume else []
+    kept = earlier_rows(arguments.output) if arguments.resume else []
     rows: list[dict[str, object]] = [row for row in kept if row["recipe"] not in arguments.recipes]
     with TemporaryDirectory() as folder:
         models = {ORIGINAL: Path(arguments.model)}
@@ -78,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 row: dict[str, object] = {"recipe": recipe, "who": who, "mode": mode, "BF16": found[mode][None]}
                 for format in arguments.formats:
                     row |= {format: found[mode][format], f"{format}, original": found[ORIGINAL][format]}
-                rows.append(row)
+                rows.append({**row, "date": today()})
             rows.sort(key=lambda row: list(RECIPES).index(str(row["recipe"])))
             write("undo", rows, arguments.output)
     print_table(rows)
