@@ -185,11 +185,11 @@ class _File:
                 return change.apply(rows.clone(), start, inverse=True)
             undone = torch.empty_like(rows, device=rows.device)
             step = max(1, _WEIGHTS_AT_A_TIME * len(rows) // max(rows.numel(), 1))
-            for piece, own in zip(rows.split(step), undone.split(step), strict=True):
-                change.apply(own.copy_(piece), start, inverse=True)
-                start += len(own)
+            for at in range(0, len(rows), step):
+                piece = undone[at : at + step].copy_(rows[at : at + step])
+                change.apply(piece, start + at, inverse=True)
                 if digest is not None:
-                    digest.update(_bytes(own))
+                    digest.update(_bytes(piece))
         except InexactError as error:
             raise changed_since(Path(self._report.model), name) from error
         return undone
