@@ -119,7 +119,7 @@ def test_a_tensor_that_guard_did_not_expect_is_guarded(tiny_llama: Path, monkeyp
 
     def preprocess_model(self: Any, model: Any, **kwargs: Any) -> None:
         original(self, model, **kwargs)
-        self._expected.remove(TENSOR)
+        self._weights.expected.remove(TENSOR)
 
     monkeypatch.setattr(quantizer.Guard, "preprocess_model", preprocess_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=QGuardInt8Config())
