@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CLEAN, _ATTACKED, _DEFENDED, _GREY = "#1e8449", "#c0392b", "#2f6db3", "#7f8c8d"
-_COLOURS = ("#2f6db3", "#f5b041", "#8e44ad", "#16a085", "#7f8c8d", "#c0392b")
+_COLOURS = (
+    "#2f6db3",
+    "#f5b041",
+    "#8e44ad",
+    "#16a085",
+    "#7f8c8d",
+    "#c0392b",
+    "#5dade2",
+    "#6e2c00",
+    "#f1948a",
+    "#a2d149",
+)
 _CURVE_POINTS = 101
 _LARGEST_SHARE = 1.5
 _STYLE: dict[str, Any] = {
@@ -81,7 +92,9 @@ def plot_ordering(compared: Mapping[str, PromptComparison], path: str | Path) ->
     with _axes(path, _wide(compared)) as axes:
         for index, (label, values) in enumerate(shares.items()):
             places = [place + 0.4 * index for place in range(len(values))]
-            bars = axes.bar(places, [100 * value for value in values], 0.38, color=_COLOURS[index], label=label)
+            bars = axes.bar(
+                places, [100 * value for value in values], 0.38, color=_COLOURS[index % len(_COLOURS)], label=label
+            )
             axes.bar_label(bars, fmt="%.0f", padding=2)
         axes.set_xticks([place + 0.2 for place in range(len(compared))], [_wrapped(label) for label in compared])
         axes.set_ylim(0, 118)
@@ -138,22 +151,25 @@ def plot_categories(recoveries: Mapping[str, Mapping[str, float | None]], path: 
     if not categories or any(list(each) != categories for each in recoveries.values()):
         raise EvaluationError("the repairs were not measured on the same categories")
     height = 0.8 / len(recoveries)
-    with _axes(path, (7.2, 1.6 + 0.42 * len(categories) * max(1.0, 0.45 * len(recoveries)))) as axes:
+    inches = 1.6 + 0.42 * len(categories) * max(1.0, 0.3 * len(recoveries))
+    with _axes(path, (7.2, inches)) as axes:
         for index, (label, values) in enumerate(recoveries.items()):
             places = [down + height * (index - (len(recoveries) - 1) / 2) for down in range(len(categories))]
             shares = [values[category] for category in categories]
             shown = [0.0 if share is None else _clipped(share) for share in shares]
-            axes.barh(places, [100 * share for share in shown], height, color=_COLOURS[index], label=label)
+            axes.barh(
+                places, [100 * share for share in shown], height, color=_COLOURS[index % len(_COLOURS)], label=label
+            )
             for place, share, end in zip(places, shares, shown, strict=True):
                 text = "no harm done" if share is None else f"{share:.0%}" if share != end else ""
                 axes.text(100 * max(end, 0) + 1, place, text, va="center", fontsize=8, color=_GREY)
         axes.axvline(100, color=_CLEAN, lw=1, ls=(0, (4, 4)))
         axes.axvline(0, color=_GREY, lw=1)
         axes.set_yticks(range(len(categories)), categories)
-        axes.invert_yaxis()
+        axes.set_ylim(len(categories) - 0.4, -0.6)
         axes.set_title("Recovery by category of prompts")
         axes.set_xlabel("recovery of mean perplexity (%)")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.09), ncols=2, fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / inches), ncols=2, fontsize=9)
 
 
 def _wide(compared: Mapping[str, PromptComparison]) -> tuple[float, float]:

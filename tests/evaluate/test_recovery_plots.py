@@ -48,6 +48,12 @@ def test_drawn(figure: str, suffix: str, tmp_path: Path) -> None:
         draw(tmp_path / "picture.txt")
 
 
+def test_more_repairs_than_colours(tmp_path: Path) -> None:
+    shares = {f"repair {index}": {"logic": index / 20, "dialogue": 0.5} for index in range(23)}
+    plot_categories(shares, tmp_path / "categories.png")
+    assert (tmp_path / "categories.png").exists()
+
+
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="at least two noises"):
         plot_noise({0.01: 1.1}, {}, tmp_path / "noise.png")
