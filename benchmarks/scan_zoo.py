@@ -26,7 +26,7 @@ from optimum_qguard.attacks.outlier_injection import inject_balanced_outliers, i
 from optimum_qguard.attacks.quantization_conditioned import Payload, inject, linear_weights, repair, room_of
 from optimum_qguard.checkpoint import open_checkpoint, transform_checkpoint
 from optimum_qguard.encrypt.key import Key
-from optimum_qguard.encrypt.transform import encrypt_checkpoint
+from optimum_qguard.encrypt.transform import FP16_SAFE, encrypt_checkpoint
 from optimum_qguard.encrypt.traps import Traps
 from optimum_qguard.evaluate import smollm2_path, standard_library_text
 from optimum_qguard.evaluate.cache import cache_folder, made_once
@@ -104,7 +104,7 @@ def zoo() -> list[Specimen]:
             for name in ("gguf-q4_k_m", "int8-rowwise")
         ),
         _made("SmolLM2 encrypted", "encrypted", partial(_encrypted, "exact", Traps())),
-        _made("SmolLM2 encrypted, FP16-safe", "encrypted", partial(_encrypted, "exact", _FP16_SAFE)),
+        _made("SmolLM2 encrypted, FP16-safe", "encrypted", partial(_encrypted, "exact", FP16_SAFE)),
         _made("SmolLM2 encrypted, dense", "encrypted", partial(_encrypted, "dense", Traps())),
         _made("SmolLM2, one outlier a block, x512", "injected", _outliers),
         _made("SmolLM2, balanced outliers, x512", "injected", _balanced_outliers),
@@ -120,9 +120,6 @@ def zoo() -> list[Specimen]:
             Specimen(f"SmolLM2 attacked by one who knows guard: {name}", "attacked", partial(made_once, folder, make))
         )
     return found
-
-
-_FP16_SAFE = Traps(strength=9, fraction=1 / 16, positive_only=True)
 
 
 def _made(name: str, kind: Kind, make: Callable[[Path], None]) -> Specimen:

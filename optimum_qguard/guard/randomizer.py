@@ -64,10 +64,9 @@ class Randomizer:
                 raise QGuardConfigError(f"{unknown} errors cannot be compensated on it: leave compensate None")
             self.preround_on(config.compensate)
 
-    def preround_on(self, samples: Any) -> Prerounding:
+    def preround_on(self, samples: Any) -> None:
         """Have symbols chosen with error feedback, on ``samples`` (see `QGuardConfig`)."""
         self.prerounding = Prerounding(samples, self._seed)
-        return self.prerounding
 
     def format_of(self, model: nn.Module, name: str) -> Format:
         """What the library makes of a tensor."""
